@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lbp.algos import ops
+from lbp.algos.rule import Facts, Learned, LearningRule
+from lbp.archs.init import draw
+
+
+class KP(LearningRule):
+    """Kolen-Pollack: feedback alignment whose B receives the same update as its W, and both the same decay.
+
+    W <- (1 - decay) W - step,  B <- (1 - decay) B - step: their difference is (1 - decay)^t of the first one, whatever
+    the steps were (Akrout et al. 2019, equations 16 and 17). It holds where a step depends on the gradient alone, as in
+    sgd with or without momentum. Adaptive optimizers divide by each weight's own history, which is the same for W
+    and B as well, but weight decay of theirs enters it: leave `optimizer.weight_decay` at 0 and use `decay`.
+    """
+
+    facts = Facts(
+        family="feedback", paper="Kolen & Pollack (1994); Akrout et al., NeurIPS 2019, arXiv 1904.05391",
+        weight_transport=False, backward_locked=True, update_locked=True, in_place=True)
+
+    def __init__(self, network, task, *, init: str, scale: float, decay: float):
+        super().__init__(network, task)
+        self.decay = decay
+        self.sites = ops.feedback_sites(network)
+        self.backward_weights = nn.ParameterList(
+            draw(torch.empty_like(weight, requires_grad=False), init, scale) for weight in self.sites.values())
+
+    def groups(self):
+        # One group with the forward weights: learning rate, momentum and clipping must be common to W and B.
+        return {"forward": [*self.network.parameters(), *self.backward_weights]}
+
+    def learn(self, x, y, apply):
+        with ops.BackwardThrough(list(zip(self.sites.values(), self.backward_weights))):
+            out = self.network(x)
+            loss = self.task.loss(out, y)
+        loss.sum().backward()
+        if self.decay:
+            with torch.no_grad():
+                # A batch that will be refused must not move weights either.
+                factor = torch.where(loss.sum().isfinite(), 1 - self.decay, 1.0)
+                for weight in (*self.sites.values(), *self.backward_weights):
+                    weight.mul_(factor)
+        return Learned(out.detach(), loss.detach())
+
+    def feedback(self):
+        return ops.by_block(dict(zip(self.sites, zip(self.sites.values(), self.backward_weights))))

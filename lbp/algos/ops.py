@@ -1,0 +1,190 @@
+"""What families of rules share, as functions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lbp.archs.init import draw
+from lbp.archs.network import CONVOLUTIONS, Layer, Network, block_of
+from lbp.errors import Refused
+
+# Another backward operator ---------------------------------------------------------------------------------------
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T + b forwards; backwards the input's gradient comes through B (out, in) instead of W."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, feedback):
+        ctx.save_for_backward(x, feedback)
+        ctx.has_bias = bias is not None
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, feedback = ctx.saved_tensors
+        rows, inputs = g.flatten(0, -2), x.flatten(0, -2).to(g.dtype)  # under autocast g is bf16, x need not be
+        weight = rows.T @ inputs
+        return (g @ feedback.to(g.dtype), weight, rows.sum(0) if ctx.has_bias else None,
+                weight if ctx.needs_input_grad[3] else None)
+
+
+class _Convolution(torch.autograd.Function):
+    """The same for a convolution of 1 to 3 dimensions, grouped or not; B has the kernel's shape."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, feedback, function, geometry):
+        ctx.save_for_backward(x, feedback)
+        ctx.has_bias, ctx.function, ctx.geometry = bias is not None, function, geometry
+        return function(x, weight, bias, *geometry)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, feedback = ctx.saved_tensors
+        x, feedback = x.to(g.dtype), feedback.to(g.dtype)
+        input_gradient, weight_gradient = _CONVOLUTION_GRADIENTS[ctx.function]
+        weight = weight_gradient(x, feedback.shape, g, *ctx.geometry)
+        return (input_gradient(x.shape, feedback, g, *ctx.geometry), weight,
+                g.sum([d for d in range(g.dim()) if d != 1]) if ctx.has_bias else None,
+                weight if ctx.needs_input_grad[3] else None, None, None)
+
+
+_CONVOLUTION_GRADIENTS = {
+    F.conv1d: (torch.nn.grad.conv1d_input, torch.nn.grad.conv1d_weight),
+    F.conv2d: (torch.nn.grad.conv2d_input, torch.nn.grad.conv2d_weight),
+    F.conv3d: (torch.nn.grad.conv3d_input, torch.nn.grad.conv3d_weight),
+}
+
+
+def _operands(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    if padding == "valid":
+        padding = 0
+    elif padding == "same":
+        dilations = dilation if isinstance(dilation, (tuple, list)) else (dilation,) * (weight.dim() - 2)
+        if any(d * (k - 1) % 2 for d, k in zip(dilations, weight.shape[2:])):
+            raise Refused("padding='same' with an even kernel pads unevenly: no feedback operator for it; "
+                          "pad with a layer of its own")
+        padding = tuple(d * (k - 1) // 2 for d, k in zip(dilations, weight.shape[2:]))
+    return input, weight, bias, (stride, padding, dilation, groups)
+
+
+class BackwardThrough(TorchFunctionMode):
+    """Within it, linear and convolution run forwards with their weight and backwards through another one.
+
+    `feedback`: (weight, its feedback) pairs, of one shape. The network is not modified, so the true gradient can be
+    taken beside it. The weight's own gradient stays exact; a feedback that requires a gradient receives the
+    weight's. Weights are known by identity.
+    """
+
+    def __init__(self, feedback: list[tuple[Tensor, Tensor]]):
+        super().__init__()
+        self.feedback = {id(weight): b for weight, b in feedback}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.linear or func in _CONVOLUTION_GRADIENTS:
+            x, weight, bias, geometry = _operands(*args, **kwargs)
+            feedback = self.feedback.get(id(weight))
+            if feedback is not None and x.requires_grad:
+                if func is F.linear:
+                    return _Linear.apply(x, weight, bias, feedback)
+                return _Convolution.apply(x, weight, bias, feedback, func, geometry)
+        return func(*args, **kwargs)
+
+
+class _Record(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.met: dict[int, bool] = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.linear or func in _CONVOLUTION_GRADIENTS:
+            x, weight, *_ = _operands(*args, **kwargs)
+            self.met[id(weight)] = self.met.get(id(weight), False) or x.requires_grad
+        return func(*args, **kwargs)
+
+
+def feedback_sites(network: Network) -> dict[str, nn.Parameter]:
+    """The weights that an error passes on its way down: {parameter name: weight}, from input to output.
+
+    Found by one forward pass in eval mode. Raises Refused for a dense or convolutional weight that the pass never
+    met as such (transposed convolutions, nn.MultiheadAttention's packed projections): its error would silently be
+    backprop's.
+    """
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    record = _Record()
+    try:
+        with record, torch.enable_grad():
+            p = network.head.weight
+            network(torch.zeros(1, *network.in_shape, device=p.device, dtype=p.dtype))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    names = {id(p): name for name, p in network.named_parameters()}
+    unmet = [name for name, p in network.named_parameters() if p.dim() > 1 and id(p) not in record.met]
+    if unmet:
+        raise Refused(f"{', '.join(unmet)}: no linear or convolution used it in a forward pass, so no feedback can stand "
+                      "in for it; write the layer with nn.Linear or nn.Conv (attention: separate projections)")
+    parameters = {id(p): p for p in network.parameters()}
+    return {names[key]: parameters[key] for key, passed in record.met.items() if passed}
+
+
+def by_block(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """{parameter name: (W, B)} -> {block: (all its W in one vector, all its B)}."""
+    blocks: dict[str, list] = {}
+    for name, pair in pairs.items():
+        blocks.setdefault(block_of(name), []).append(pair)
+    return {block: tuple(torch.cat([side.detach().flatten() for side in sides]) for sides in zip(*members))
+            for block, members in blocks.items()}
+
+
+# Teaching at block outputs ---------------------------------------------------------------------------------------
+
+
+def projections(network: Network, init: str, scale: float) -> dict[str, Tensor]:
+    """One random matrix a hidden block, (outputs, units of the block), that carries the output's error to it.
+
+    Where outputs and block both have a leading token dimension the matrix is shared over tokens: (outputs, width).
+    """
+    *lead, outputs = list(network.shapes.values())[-1]
+    weight = network.head.weight
+    return {name: draw(weight.new_empty(outputs, math.prod(_units(network.shapes[name], lead, outputs))), init, scale)
+            for name in network.hidden}
+
+
+def _units(shape: tuple[int, ...], lead: list[int], outputs: int) -> tuple[int, ...]:
+    if list(shape[: len(lead)]) != lead:
+        raise Refused(f"a block with outputs of shape {shape} cannot be taught by errors of shape {(*lead, outputs)}: "
+                      "their leading dimensions differ")
+    return shape[len(lead):]
+
+
+def teach(h: Tensor, error: Tensor, projection: Tensor) -> None:
+    """Backpropagates `error @ projection` from the block output `h` into its block, and drops the graph."""
+    h.backward((error.to(projection.dtype) @ projection).view(h.shape).to(h.dtype))
+
+
+# Stacks of blocks ------------------------------------------------------------------------------------------------
+
+
+def plain_layers(network: Network, rule: str, of: tuple[type, ...] = (nn.Linear, *CONVOLUTIONS)) -> dict[str, Layer]:
+    """The hidden blocks, all of them plain Layers around a module of the types `of`; raises Refused otherwise."""
+    for name, block in network.hidden.items():
+        if not isinstance(block, Layer) or not isinstance(block.linear, of):
+            kinds = " or ".join(t.__name__ for t in of)
+            raise Refused(f"algo={rule} needs plain layers ({kinds}, norm, activation, pool); "
+                          f"block {name} is a {type(getattr(block, 'linear', block)).__name__}; use arch=mlp")
+    return network.hidden
+
+
+def classification(task, rule: str) -> None:
+    """Raises Refused where the task has no classes."""
+    if task.kind != "classification":
+        raise Refused(f"algo={rule} needs classes; this dataset is a {task.kind} task")

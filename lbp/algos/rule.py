@@ -1,0 +1,115 @@
+"""The contract of a learning rule: given the network and a batch, say in which direction each parameter should move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from lbp.archs.network import Network
+
+GROUPS = ("forward", "feedback", "heads")
+Batches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a rule without running it. Literals only: they are read without importing torch."""
+
+    family: str
+    paper: str
+    weight_transport: bool           # an update uses the forward weights of the layers above
+    backward_locked: bool            # a block waits for an error that comes down through the blocks above
+    update_locked: bool              # a block waits for the whole forward pass
+    labels_at_input: bool = False    # the label is part of the input in training
+    needs_derivative: bool = True    # the blocks must be differentiable
+    batch_coupled: bool = False      # ranks, accumulation and small batches change the result
+    in_place: bool = False           # writes weights itself, beside what it leaves in .grad
+    closed_form: bool = False        # solves; knows neither optimizer nor schedule nor epochs
+
+
+@dataclass
+class Learned:
+    """What one batch taught. `out`: the network's output, None where there is none; `loss`: one value a target,
+    or their sum; both detached. `blocks`: values worth logging, {block: {metric: 0-dim mean over the batch}}."""
+
+    out: Tensor | None
+    loss: Tensor
+    blocks: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+@dataclass
+class Phase:
+    """A stretch of training. Either `learn(x, y, apply)` batch by batch for `epochs` (None: the trainer's), or
+    `fit(batches)` once, where `batches(rows)` starts a pass over the training data, so many rows at a time, in order and
+    to the last sample."""
+
+    name: str
+    learn: Callable[[Tensor, Tensor, Callable], Learned] | None = None
+    fit: Callable[[Batches], None] | None = None
+    epochs: int | None = None
+
+
+class LearningRule(nn.Module):
+    """Base of every rule. A subclass makes all its state in `__init__`, as parameters and buffers, and refuses there,
+    with the reason, what it cannot train (raise `Refused`).
+
+    Losses and errors are per target and summed: `apply` divides once, by the number of targets that count.
+    """
+
+    facts: ClassVar[Facts]
+
+    def __init__(self, network: Network, task):
+        super().__init__()
+        self.network = network
+        self.task = task
+
+    def groups(self) -> dict[str, list[Parameter]]:
+        """The parameters that move, by group: one optimizer each. No other names than GROUPS."""
+        return {"forward": list(self.network.parameters())}
+
+    def learn(self, x: Tensor, y: Tensor, apply: Callable) -> Learned:
+        """Leaves in `.grad` how parameters should move, as a sum over targets. What still has a `.grad` on return is
+        stepped. `apply(group, loss)` steps at once whatever in the group has one, and clears it; `loss` (optional) is
+        what must be finite for the step to be taken, the gradient itself being tested where it is left out."""
+        raise NotImplementedError
+
+    def predict(self, x: Tensor) -> Tensor:
+        """(N, outputs): what the trained rule answers."""
+        return self.network(x)
+
+    def phases(self) -> list[Phase]:
+        return [Phase("train", learn=self.learn)]
+
+    def feedback(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """{block: (forward weights, feedback weights)}, of one shape each, where the rule has feedback to compare."""
+        return {}
+
+
+class Rng(nn.Module):
+    """Noise that a rule draws while it trains. The generator's state is part of the rule's state_dict.
+
+    Drawn on the CPU, so that a run is the same on every device; seeded from torch's generator when made.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Standard normal values, shaped as `like` (rows are the global batch's)."""
+        return torch.randn(like.shape, generator=self.generator, dtype=like.dtype).to(like.device)
+
+    def integers(self, high: int, like: Tensor) -> Tensor:
+        """Integers from 0 to high - 1, shaped as `like`."""
+        return torch.randint(high, like.shape, generator=self.generator).to(like.device)
+
+    def get_extra_state(self) -> Tensor:
+        return self.generator.get_state()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.generator.set_state(state.cpu())

@@ -1,0 +1,88 @@
+"""MNIST's file format, and the sets that come in it: torchvision's folder layout, its addresses and checksums."""
+
+import contextlib
+import gzip
+import math
+import os
+import shutil
+import socket
+import struct
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from lbp.datasets.data import Arrays
+from lbp.errors import DataError
+
+TIMEOUT = 8.0   # seconds that a silent server is waited for
+
+
+def idx_images(name: str, root: str, folder: str, classes: list[str], instead: str) -> Arrays:
+    """
+    Training and test images (N, 1, H, W) uint8 of `root/folder/raw/*-ubyte[.gz]`.
+
+    Missing files are fetched by `torchvision.datasets.<folder>`. Raises DataError, which names dataset=`instead`.
+    """
+    raw = Path(root).expanduser().absolute() / folder / "raw"
+    stems = [f"{part}-{what}" for part in ("train", "t10k") for what in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+    missing = [stem for stem in stems if _present(raw, stem) is None]
+    if missing:
+        try:
+            _fetch(folder, raw, missing)
+        except Exception as cause:      # torchvision's own errors are of many kinds
+            raise DataError(f"dataset={name}: {', '.join(missing)} not found in {raw}, and fetching failed: "
+                            f"{_line(cause)}. Put the files there, plain or .gz (dataset.root or LBP_DATA is the folder "
+                            f"that holds {folder}/), or use dataset={instead} meanwhile") from cause
+    x, y, x_test, y_test = (read_idx(_present(raw, stem)) for stem in stems)
+    return Arrays(x[:, None], y.astype(np.int64), x_test[:, None], y_test.astype(np.int64), "image", classes)
+
+
+def read_idx(file: Path) -> np.ndarray:
+    """The uint8 array of an IDX file, plain or gzipped: magic 0, 0, type 8, dimensions; big-endian sizes; bytes."""
+    try:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as f:
+            zero, kind, dims = struct.unpack(">HBB", f.read(4))
+            if zero or kind != 8 or dims != int(file.name.split("idx")[1][0]):
+                raise ValueError("its first bytes are not those of the format")
+            shape = struct.unpack(f">{dims}I", f.read(4 * dims))
+            if math.prod(shape) > 1 << 33:
+                raise ValueError(f"it claims {shape} values")
+            array = np.empty(shape, np.uint8)
+            held = f.readinto(memoryview(array.reshape(-1)))
+            if held != array.size or f.read(1):
+                raise ValueError(f"it should hold {array.size:,} values and holds {'more' if held == array.size else f'{held:,}'}")
+            return array
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as cause:
+        raise DataError(f"{file} cannot be read: {_line(cause)}. Replace it by a good copy, or delete it and it is "
+                        "fetched again") from cause
+
+
+def _present(raw: Path, stem: str) -> Path | None:
+    return next((file for file in (raw / stem, raw / f"{stem}.gz") if file.is_file()), None)
+
+
+def _fetch(folder: str, raw: Path, missing: list[str]) -> None:
+    """Fetches beside the destination and moves file by file, so that no half file is ever taken for a good one."""
+    made = [p for p in (raw, *raw.parents) if not p.exists()]
+    scratch, waited = None, socket.getdefaulttimeout()
+    try:
+        raw.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".fetch-", dir=raw))
+        import torchvision.datasets
+        socket.setdefaulttimeout(TIMEOUT)
+        getattr(torchvision.datasets, folder)(scratch, download=True)
+        for stem in missing:
+            os.replace(scratch / folder / "raw" / stem, raw / stem)
+    finally:
+        socket.setdefaulttimeout(waited)
+        if scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
+        with contextlib.suppress(OSError):      # what was made for nothing goes again
+            for path in made:
+                path.rmdir()
+
+
+def _line(cause: BaseException) -> str:
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())}"[:300].rstrip(".")

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def say(line: str = "") -> None:
+    """Prints a line; characters that the terminal's encoding lacks become question marks, a closed pipe is no error."""
+    try:
+        encoding = sys.stdout.encoding or "ascii"
+        print(line.encode(encoding, "replace").decode(encoding), flush=True)
+    except BrokenPipeError:
+        sys.stdout = open("/dev/null", "w")
+
+
+class Console:
+    """One plain line an epoch, on the terminal (unless quiet) and in log.txt."""
+
+    def __init__(self, log: Path, epochs: int, metric: str, validated: bool, quiet: bool):
+        self.file = open(log, "a", encoding="utf-8", buffering=1)
+        self.epochs, self.metric, self.validated, self.quiet = epochs, metric, validated, quiet
+        self.angles: dict[str, float] = {}
+        self.train: dict[str, Any] = {}
+
+    def line(self, text: str) -> None:
+        self.file.write(text + "\n")
+        if not self.quiet:
+            say(text)
+
+    def write(self, record: dict[str, Any]) -> None:
+        split = record["split"]
+        if split == "train":
+            self.angles = {name: values["alignment_deg"] for name, values in record["layers"].items()
+                           if "alignment_deg" in values}
+        elif split == "train_epoch":
+            self.train = record
+            if not self.validated:
+                self._epoch({})
+        elif split == "val":
+            self._epoch(record)
+
+    def close(self, status: str, summary: dict[str, Any]) -> None:
+        self.file.close()
+
+    def _epoch(self, val: dict[str, Any]) -> None:
+        train, parts = self.train, [f"epoch {self.train['epoch']:>{len(str(self.epochs))}}/{self.epochs}"]
+        for name, record in (("train", train), ("val", val)):
+            if record:
+                metric = f" {self.metric} {record[self.metric]:.4f}" if self.metric in record else ""
+                parts.append(f"{name} loss {record['loss']:.4f}{metric}")
+        if "samples_per_s" in train:
+            parts.append(f"{train['samples_per_s']:,.0f} samples/s")
+        if self.angles:
+            parts.append("angle to bp " + " ".join(f"{name} {angle:.0f}" for name, angle in self.angles.items()))
+        self.line("  ".join(parts))

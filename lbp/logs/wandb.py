@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lbp.logs.console import say
+
+
+class Wandb:
+    """A view of the run in Weights & Biases, kept in the run's own folder; names are METRIC/LAYER and METRIC/SPLIT.
+
+    Nothing that it does wrong stops a run: it is dropped, with one warning.
+    """
+
+    def __init__(self, config: dict[str, Any], values: dict[str, Any], folder: Path):
+        self.run = None
+        with _warned(self):
+            import wandb
+
+            os.environ.setdefault("WANDB_SILENT", "true")
+            self.run = wandb.init(
+                project=config["project"], name=folder.name, dir=str(folder), mode=config["mode"], config=values,
+                group=values["algo"]["name"], settings=wandb.Settings(init_timeout=10, console="off", silent=True))
+            self.run.define_metric("*", step_metric="step")
+
+    def write(self, record: dict[str, Any]) -> None:
+        if self.run:
+            with _warned(self):
+                self.run.log(flat(record))
+
+    def close(self, status: str, summary: dict[str, Any]) -> None:
+        if self.run:
+            with _warned(self):
+                self.run.summary.update({key: value for key, value in summary.items() if not isinstance(value, dict)})
+                self.run.finish(exit_code=0 if status == "done" else 1)
+
+
+def flat(record: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics.jsonl as W&B names: {"loss/val": ..., "alignment_deg/fc1": ..., "alignment_deg/total": ...}."""
+    split = record["split"]
+    values = {"step": record["step"], "epoch": record["epoch"]}
+    for key, value in record.items():
+        if isinstance(value, (int, float)) and key not in values:
+            values[f"{key}/{split}"] = value
+    for layer, metrics in {**record.get("layers", {}), "total": record.get("total", {})}.items():
+        values.update({f"{metric}/{layer}": value for metric, value in metrics.items()})
+    return values
+
+
+class _warned:
+    def __init__(self, owner: Wandb):
+        self.owner = owner
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if kind is not None and issubclass(kind, Exception):
+            self.owner.run = None
+            say(f"warning: W&B is off for this run ({kind.__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
+                "metrics.jsonl has everything")
+            return True
+        return False

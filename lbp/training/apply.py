@@ -1,0 +1,60 @@
+"""The one place where weights move: averages, guards, clips and steps what a rule left in `.grad`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from lbp.errors import Diverged
+
+
+class Apply:
+    """`apply(group)` steps the parameters of a group that have a gradient, and clears them.
+
+    Gradients come in as sums over targets and are divided here, once, by `count`, the batch's number of targets; set it
+    before each batch. `loss`, where a caller gives one, must be finite, or nothing moves and Diverged is raised; where
+    none is given the gradient itself is tested. `clip` bounds the norm of a group's averaged gradient. `observe`,
+    if set, is called with the group's parameters before anything is changed.
+
+    Works with any torch optimizers, one a group; groups without one are an error.
+    """
+
+    def __init__(self, groups: Mapping[str, list[Parameter]], optimizers: Mapping[str, torch.optim.Optimizer],
+                 clip: float | None = None):
+        if set(groups) != set(optimizers):
+            raise ValueError(f"groups {sorted(groups)} need one optimizer each, got {sorted(optimizers)}")
+        self.groups, self.optimizers, self.clip = groups, optimizers, clip
+        self.count = 1
+        self.observe = None
+
+    def __call__(self, group: str, loss: Tensor | None = None) -> None:
+        moving = [p for p in self.groups[group] if p.grad is not None]
+        if not moving:
+            return
+        # The mean of the loss is finite just when every value is; of a NaN batch no gradient need be looked at.
+        tested = loss if loss is not None else torch.stack([p.grad.sum() for p in moving])
+        if not tested.sum().isfinite():
+            self.clear()
+            raise Diverged(f"the {'loss' if loss is not None else 'update'} of group {group!r} became non-finite")
+        if self.observe:
+            self.observe(moving)
+        for p in moving:
+            p.grad.div_(self.count)
+        if self.clip:
+            torch.nn.utils.clip_grad_norm_(moving, self.clip)
+        self.optimizers[group].step()
+        for p in moving:
+            p.grad = None
+
+    def finish(self, loss: Tensor) -> None:
+        """Steps every group that still has gradients: the end of a batch."""
+        for group in self.groups:
+            self(group, loss)
+
+    def clear(self) -> None:
+        for parameters in self.groups.values():
+            for p in parameters:
+                p.grad = None

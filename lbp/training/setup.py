@@ -1,0 +1,79 @@
+"""From a configuration to the objects of a run: data, network, rule, optimizers."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lbp import registry
+from lbp.algos.rule import GROUPS, LearningRule
+from lbp.archs.network import Network
+from lbp.datasets.data import Arrays, Data, load
+from lbp.datasets.task import Task
+from lbp.errors import ConfigError, Refused
+from lbp.training.apply import Apply
+from lbp.training.environment import Environment, prepare, seed_all
+from lbp.training.optim import make_optimizers
+
+
+@dataclass
+class Experiment:
+    """Everything that one run trains with. `values`: the resolved configuration."""
+
+    values: dict[str, Any]
+    environment: Environment
+    data: Data
+    network: Network
+    rule: LearningRule
+    apply: Apply
+
+
+def build(values: dict[str, Any], arrays: Arrays | None = None) -> Experiment:
+    """Builds a run's objects; raises ConfigError, Refused or DataError before anything is written."""
+    seed, trainer = values["seed"], values["trainer"]
+    environment = prepare(trainer, seed)
+    data = load(values["dataset"], seed=seed, batch_size=trainer["batch_size"], device=environment.device,
+                dtype=environment.dtype, arrays=arrays)
+    network = build_arch(values["arch"], data.task, seed).to(environment.device, environment.dtype)
+    rule = build_algo(values["algo"], network, data.task, seed)
+    groups = {name: parameters for name, parameters in rule.groups().items() if parameters}
+    for group in ("feedback", "heads"):
+        if values["optimizer"][group] and group not in groups:
+            raise ConfigError(f"optimizer.{group}={values['optimizer'][group]}: algo={values['algo']['name']} has no parameters in "
+                              f"a group {group!r} (it has: {', '.join(groups) or 'none'}); leave it out")
+    if trainer["compile"]:
+        compile_blocks(network)
+    return Experiment(values, environment, data, network, rule,
+                      Apply(groups, make_optimizers(values["optimizer"], groups), trainer["clip"]))
+
+
+def build_arch(config: dict[str, Any], task: Task, seed: int = 0) -> Network:
+    """The network that the arch group describes, on the CPU in fp32; its weights depend on `seed` alone."""
+    seed_all(seed, "network")
+    return registry.load("arch", config["name"])(task, **_knobs(config))
+
+
+def build_algo(config: dict[str, Any], network: Network, task: Task, seed: int = 0) -> LearningRule:
+    """The rule that the algo group describes; what it draws depends on `seed` alone."""
+    seed_all(seed, "rule")
+    rule = registry.load("algo", config["name"])(network, task, **_knobs(config))
+    unknown = set(rule.groups()) - set(GROUPS)
+    if unknown:
+        raise ValueError(f"algo={config['name']} names groups {sorted(unknown)}; allowed: {', '.join(GROUPS)}")
+    return rule
+
+
+def compile_blocks(network: Network) -> None:
+    """Compiles each block for itself, which leaves the rule and the names of the state alone."""
+    if not torch.cuda.is_available() and not any(map(shutil.which, ("cc", "gcc", "g++", "clang", "clang++", "cl"))):
+        raise Refused("trainer.compile=true: torch.compile needs a C++ compiler on a CPU and none is on the PATH; "
+                      "install one (Debian: apt install g++) or leave trainer.compile out")
+    for block in network.blocks.values():
+        block.compile()
+
+
+def _knobs(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "name"}

@@ -171,8 +171,8 @@ def stratified(y: Tensor, rows: Tensor, size: int, rng: torch.Generator) -> tupl
     rank = torch.empty(len(rows), dtype=torch.float64)
     rank[by_class] = (place + 0.5).double() / counts[labels[by_class]]
     order = rank.argsort(stable=True)
-    rest = order[size:].sort().values       # the rest back in random order: file order is often sorted by class
-    return rows[order[:size]], rows[rest]
+    rest = rows[order[size:]]       # in random order again: rank order goes class by class
+    return rows[order[:size]], rest[torch.randperm(len(rest), generator=rng)]
 
 
 def _read(name: str, cfg: dict) -> Arrays:

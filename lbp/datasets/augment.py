@@ -1,12 +1,12 @@
 """Augmentation of image batches on their device; what is drawn is a pure function of (seed, epoch), on every device."""
 
-import difflib
 import hashlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from lbp import knobs
 from lbp.errors import ConfigError
 
 
@@ -67,9 +67,8 @@ class Augment:
         for token in tokens:
             name, _, size = str(token).partition(":")
             if name not in KINDS:
-                near = difflib.get_close_matches(name, KINDS, n=1, cutoff=0.5)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                problems.append(f"dataset.augment: unknown {token!r}, allowed are shift:K crop:K flip cutout:K{hint}")
+                problems.append(f"dataset.augment: unknown {token!r}, allowed are shift:K, crop:K, flip, cutout:K"
+                                + knobs.did_you_mean(knobs.nearest(name, KINDS)))
             elif KINDS[name][2] != (size.isdecimal() and int(size) > 0) or (size and not KINDS[name][2]):
                 form = f"{name}:K with K pixels, an int > 0" if KINDS[name][2] else f"{name} alone"
                 problems.append(f"dataset.augment: {token!r} is not of the form {form}")

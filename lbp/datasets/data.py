@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lbp import registry
 from lbp.datasets.augment import Augment, generator
 from lbp.datasets.task import Task
 from lbp.errors import ConfigError, DataError
@@ -18,7 +19,7 @@ COMMON = {      # the knobs of every dataset: conf/dataset/_common.yaml says the
     "loss": "auto", "label_smoothing": 0.0,
 }
 TEST_SHARE = 0.2    # of a set that comes without a test split
-CHUNK = 1 << 22     # values converted at a time, which bounds what loading needs beside source and result
+CHUNK = 1 << 20     # values converted at a time, which bounds what loading needs beside source and result
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Arrays:
     kind: str = "vector"
     classes: list[str] | None = None
     white: float | None = None
+    name: str | None = None     # for messages, where one function serves several options
 
     @classmethod
     def of(cls, x, y, x_test=None, y_test=None) -> "Arrays":
@@ -123,9 +125,10 @@ def load(cfg: dict, *, seed: int, batch_size: int, device="cpu", dtype: torch.dt
     that cannot be had or used, ConfigError for knobs that do not fit it.
     """
     cfg = COMMON | cfg
-    name = cfg.get("name", "arrays")
     augment = Augment(cfg["augment"])
-    arrays = _checked(_read(name, cfg) if arrays is None else arrays, name)
+    arrays = _read(cfg) if arrays is None else arrays
+    name = arrays.name or cfg.get("name", "arrays")
+    arrays = _checked(arrays, name)
     if arrays.kind != "image" and (augment or cfg["resize"]):
         raise ConfigError(f"dataset.augment and dataset.resize need images, dataset={name} has {arrays.kind}s: remove them")
     if cfg["resize"]:
@@ -175,9 +178,8 @@ def stratified(y: Tensor, rows: Tensor, size: int, rng: torch.Generator) -> tupl
     return rows[order[:size]], rest[torch.randperm(len(rest), generator=rng)]
 
 
-def _read(name: str, cfg: dict) -> Arrays:
-    from lbp import registry
-    function = registry.load("dataset", name)
+def _read(cfg: dict) -> Arrays:
+    function = registry.load("dataset", cfg["name"])
     return function(**{knob: cfg[knob] for knob in inspect.signature(function).parameters})
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from lbp.datasets.data import Arrays
+from lbp.datasets.sources import line, optional
 from lbp.errors import DataError
 
 TIMEOUT = 8.0   # seconds that a silent server is waited for
@@ -30,10 +31,10 @@ def idx_images(name: str, root: str, folder: str, classes: list[str], instead: s
     missing = [stem for stem in stems if _present(raw, stem) is None]
     if missing:
         try:
-            _fetch(folder, raw, missing)
+            _fetch(name, folder, raw, missing)
         except Exception as cause:      # torchvision's own errors are of many kinds
             raise DataError(f"dataset={name}: {', '.join(missing)} not found in {raw}, and fetching failed: "
-                            f"{_line(cause)}. Put the files there, plain or .gz (dataset.root or LBP_DATA is the folder "
+                            f"{line(cause)}. Put the files there, plain or .gz (dataset.root or LBP_DATA is the folder "
                             f"that holds {folder}/), or use dataset={instead} meanwhile") from cause
     x, y, x_test, y_test = (read_idx(_present(raw, stem)) for stem in stems)
     return Arrays(x[:, None], y.astype(np.int64), x_test[:, None], y_test.astype(np.int64), "image", classes)
@@ -55,7 +56,7 @@ def read_idx(file: Path) -> np.ndarray:
                 raise ValueError(f"it should hold {array.size:,} values and holds {'more' if held == array.size else f'{held:,}'}")
             return array
     except (OSError, EOFError, ValueError, struct.error, zlib.error) as cause:
-        raise DataError(f"{file} cannot be read: {_line(cause)}. Replace it by a good copy, or delete it and it is "
+        raise DataError(f"{file} cannot be read: {line(cause)}. Replace it by a good copy, or delete it and it is "
                         "fetched again") from cause
 
 
@@ -63,16 +64,16 @@ def _present(raw: Path, stem: str) -> Path | None:
     return next((file for file in (raw / stem, raw / f"{stem}.gz") if file.is_file()), None)
 
 
-def _fetch(folder: str, raw: Path, missing: list[str]) -> None:
+def _fetch(name: str, folder: str, raw: Path, missing: list[str]) -> None:
     """Fetches beside the destination and moves file by file, so that no half file is ever taken for a good one."""
     made = [p for p in (raw, *raw.parents) if not p.exists()]
     scratch, waited = None, socket.getdefaulttimeout()
     try:
         raw.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".fetch-", dir=raw))
-        import torchvision.datasets
+        torchvision = optional("torchvision.datasets", name)
         socket.setdefaulttimeout(TIMEOUT)
-        getattr(torchvision.datasets, folder)(scratch, download=True)
+        getattr(torchvision, folder)(scratch, download=True)
         for stem in missing:
             os.replace(scratch / folder / "raw" / stem, raw / stem)
     finally:
@@ -83,6 +84,3 @@ def _fetch(folder: str, raw: Path, missing: list[str]) -> None:
             for path in made:
                 path.rmdir()
 
-
-def _line(cause: BaseException) -> str:
-    return f"{type(cause).__name__}: {' '.join(str(cause).split())}"[:300].rstrip(".")

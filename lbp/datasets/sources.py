@@ -6,16 +6,15 @@ from types import ModuleType
 from lbp.errors import DataError
 
 
-def optional(package: str, name: str) -> ModuleType:
-    """Imports a package that only some datasets need. Raises DataError, naming it, where it is missing or broken."""
+def optional(module: str, dataset: str) -> ModuleType:
+    """Imports what only some datasets need. Raises DataError, naming the package, where it is missing or broken."""
     try:
-        return importlib.import_module(package)
+        return importlib.import_module(module)
     except Exception as cause:      # a mismatched binary raises RuntimeError, OSError, AttributeError ...
-        root = package.partition(".")[0]
-        raise DataError(f"dataset={name} needs the package {root}, which cannot be imported ({line(cause)}): "
-                        f"pip install --upgrade {root} (torchvision's version must match torch's)"
-                        .replace("" if root == "torchvision" else " (torchvision's version must match torch's)", "")
-                        ) from cause
+        package = {"sklearn": "scikit-learn", "PIL": "pillow"}.get(top := module.partition(".")[0], top)
+        fits = ", in the version that belongs to this torch" if package == "torchvision" else ""
+        raise DataError(f"dataset={dataset} needs the package {package}, which cannot be imported ({line(cause)}): "
+                        f"pip install --upgrade {package}{fits}") from cause
 
 
 def line(cause: BaseException) -> str:

@@ -14,7 +14,7 @@ from lbp.launch import folder as folders
 from lbp.logs.console import Console, say
 from lbp.logs.jsonl import Jsonl
 from lbp.logs.wandb import Wandb
-from lbp.training.loop import train as train_loop
+from lbp.training.loop import epochs_of, train as train_loop
 from lbp.training.setup import Experiment, build
 
 
@@ -54,7 +54,7 @@ def run(config: Config, arrays: Arrays | None = None) -> Result:
     folders.set_status(folder, "running")
     folders.describe(folder, values, config.typed, experiment.environment)
     trainer, task = values["trainer"], experiment.data.task
-    epochs = sum(1 if p.fit else trainer["epochs"] if p.epochs is None else p.epochs for p in experiment.rule.phases())
+    epochs = sum(epochs_of(phase, trainer) for phase in experiment.rule.phases())
     console = Console(folder / "log.txt", epochs, task.metric, experiment.data.val is not None,
                       quiet=values["logger"]["console"] == "off")
     for line in header(config, experiment, folder):

@@ -29,6 +29,7 @@ class Apply:
         self.groups, self.optimizers, self.clip = groups, optimizers, clip
         self.count = 1
         self.observe = None
+        self.base = {name: [g["lr"] for g in o.param_groups] for name, o in optimizers.items()}
 
     def __call__(self, group: str, loss: Tensor | None = None) -> None:
         moving = [p for p in self.groups[group] if p.grad is not None]
@@ -48,6 +49,12 @@ class Apply:
         self.optimizers[group].step()
         for p in moving:
             p.grad = None
+
+    def learning_rates(self, factor: float) -> None:
+        """Sets every learning rate to `factor` times what its optimizer began with."""
+        for name, optimizer in self.optimizers.items():
+            for settings, base in zip(optimizer.param_groups, self.base[name]):
+                settings["lr"] = base * factor
 
     def finish(self, loss: Tensor) -> None:
         """Steps every group that still has gradients: the end of a batch."""

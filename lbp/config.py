@@ -1,0 +1,497 @@
+"""From what was typed to the values of a run: composed by Hydra, validated against the knobs, all problems told at once.
+
+A value comes from the strongest of: typed > the `--config` file > the experiment > the algo's `prefers` > defaults.
+Choosing another option for a group drops what weaker sources said about the old one's knobs. No other file knows Hydra,
+and this one only inside functions.
+"""
+
+import copy
+import itertools
+import re
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Iterator, NamedTuple
+
+from lbp import knobs, registry
+from lbp.errors import ConfigError
+from lbp.knobs import did_you_mean, nearest, show
+
+ABOUT_DATA = ("dataset", "arch")  # an algo's wishes for these hold for every option that has the knob
+
+
+@dataclass
+class Config:
+    """A run's configuration: plain values, and how they came about."""
+
+    values: dict[str, Any]                # every group a map with its `name`; seed, plugins, run
+    options: dict[str, str]               # the option chosen in each group, and the experiment if any
+    typed: list[str]
+    chosen: list[tuple[str, Any, str]]    # (key, value, "algo=kp"): what the algo's `prefers` decided
+    dropped: list[tuple[str, Any, str]] = field(default_factory=list)  # what fell away with another option
+
+    def yaml(self) -> str:
+        """The values as YAML that `compose([], file=...)` reads back to the same values."""
+        from omegaconf import OmegaConf
+        return OmegaConf.to_yaml(OmegaConf.create(self.values))
+
+
+class Item(NamedTuple):
+    """One `key=value`, as `text` was written in `source` ("" for the command line)."""
+
+    key: str
+    value: Any
+    text: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.key}={self.text}" + (f" (in {self.source})" if self.source else "")
+
+
+def compose(overrides: list[str], file: Path | None = None) -> Config:
+    """The configuration that the overrides ask for, or ConfigError with everything that is wrong with it."""
+    problems: list[str] = []
+    typed = [item for text in overrides for item in _items(text, problems)]
+    in_file = _file_items(Path(file), str(file), problems) if file else []
+    _use_plugins(typed or [], in_file)
+
+    # the options, from the strongest source that names one
+    groups = registry.groups()
+    experiment, in_experiment = None, []
+    for item in in_file + typed:
+        if item.key == "experiment":
+            experiment = item.value
+    if experiment is not None:
+        found = _try(problems, registry.option, "experiment", experiment)
+        in_experiment = _file_items(found.path, f"experiment={experiment}", problems) if found else []
+    layers = [[i for i in layer if i.key not in ("experiment", "plugins")] for layer in (in_experiment, in_file, typed)]
+    problems += [f"{i}: an experiment cannot have this key" for i in in_experiment if i.key in ("experiment", "plugins")]
+    chosen_by: list[dict[str, str]] = []  # for each layer: group -> option, None where it does not exist
+    for number, layer in enumerate(layers):
+        layers[number], choices = _choices(layer, groups, problems)
+        chosen_by.append(choices)
+    options = dict(groups)
+    for choices in chosen_by:
+        options.update(choices)
+    algo = options["algo"] and _try(problems, registry.option, "algo", options["algo"])
+    source = f"algo={options['algo']}"
+    wishes = [Item(k, _yaml(f"v: {v}", source, problems).get("v"), v, source) for k, v in algo.prefers.items()] if algo else []
+    wished, preferred = _choices(wishes, groups, problems)
+    picked = {group for choices in chosen_by for group in choices}
+    decided = {g: o for g, o in preferred.items() if g not in picked}
+    options.update(decided)
+
+    # the knobs of these options, and the settings that still concern them
+    known = {**registry.main().knobs}
+    for group, name in options.items():
+        option = name and _try(problems, registry.option, group, name)
+        if option:
+            known |= {f"{group}.{key}": knob for key, knob in option.knobs.items()}
+        elif name:
+            options[group] = None
+    unknown = {group for group, name in options.items() if name is None}
+    wished = [i for i in wished if (group := i.key.partition(".")[0]) not in picked
+              or (group in ABOUT_DATA and i.key in known and not knobs.check(i.key, i.value, known[i.key].spec))]
+    dropped = []
+    force = {g: preferred.get(g, o) for g, o in groups.items()}
+    settings = list(wished)
+    for number, layer in enumerate(layers):
+        force.update(chosen_by[number])
+        later = {g for choices in chosen_by[number + 1:] for g in choices}
+        for item in layer:
+            group = item.key.partition(".")[0]
+            stale = group in later and options[group] != force[group]
+            dropped += [(item.key, item.value, item.source)] if stale else []
+            settings += [] if stale else [item]
+    assignments = []
+    for item in settings:
+        if item.key.partition(".")[0] not in unknown:
+            assignments += _assign(item, known, groups, problems)
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
+
+    # the values
+    values = _defaults(tuple(options.items()), registry.roots())
+    plugins = next((i for layer in (typed, in_file) for i in reversed(layer) if i.key == "plugins"), None)
+    for key, value in [*assignments, *([("plugins", plugins.value)] if plugins else [])]:
+        *path, last = key.split(".")
+        node = values
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = value
+    said = {key for layer in layers for item in layer for key in [item.key]}
+    chosen = [(g, o, source) for g, o in decided.items()] + [(i.key, i.value, source) for i in wished if i.key not in said]
+    config = Config(values, options | ({"experiment": experiment} if experiment else {}), list(overrides), chosen, dropped)
+    problems = _check(config, known) or _refusals(config, layers[2], chosen_by[2])
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
+    return config
+
+
+def grid(overrides: list[str], file: Path | None = None) -> list[list[str]]:
+    """Hydra's sweep grammar (commas, choice, range, glob) spelt out: the overrides of every trial, each validated."""
+    problems: list[str] = []
+    axes = []
+    for text in overrides:
+        override = _parse(text, problems)
+        if override is not None:
+            axes.append(_axis(override, text, problems))
+    if problems:
+        raise ConfigError(*problems)
+    trials = [list(trial) for trial in itertools.product(*axes)]
+    for trial in trials:
+        _try(problems, compose, trial, file)
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
+    return trials
+
+
+def _try(problems: list[str], function, *args):
+    try:
+        return function(*args)
+    except ConfigError as error:
+        problems += error.problems
+
+
+# ---- reading what was typed
+
+@lru_cache(maxsize=1)
+def _parser():
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    return OverridesParser.create()
+
+
+def _parse(text: str, problems: list[str]):
+    """Hydra's Override, or None and what is wrong."""
+    from hydra.core.override_parser.types import OverrideType
+    from hydra.errors import HydraException
+    key = text.partition("=")[0].lstrip("+~")
+    if text.startswith("-"):
+        name, _, value = text.lstrip("-").partition("=")
+        problems.append(f"{text}: no such flag; options are written key=value, so write {suggest(name)}={value or 'VALUE'}")
+    elif text.startswith("~"):
+        problems.append(f"{text}: nothing can be deleted from a configuration; set another value")
+    elif "=" not in text:
+        problems.append(f"{text}: an override is written key=value")
+    elif re.match(r"hydra\b", key):
+        problems.append(f"{text}: hydra's own keys have no meaning here; run.dir and run.name say where a run goes")
+    elif "@" in key:
+        problems.append(f"{text}: packages (@) have no meaning here; write group=option")
+    elif "${" in text:
+        problems.append(f"{text}: interpolations (${{...}}) are not allowed; write the value")
+    elif "_target_" in text:
+        problems.append(f"{text}: _target_ is not allowed; things are chosen by their names")
+    else:
+        try:
+            override = _parser().parse_override(text)
+            if override.type is not OverrideType.DEL:
+                return override
+        except (HydraException, ValueError, RecursionError) as error:
+            why = str(error).strip().splitlines() or [type(error).__name__]
+            problems.append(f"{text}: cannot be read ({why[0]}); quote what has special characters: {key}='\"...\"'")
+    return None
+
+
+def _items(text: str, problems: list[str]) -> list[Item]:
+    override = _parse(text, problems)
+    if override is None:
+        return []
+    key = override.key_or_group.replace("/", ".")
+    written = text.partition("=")[2].strip()
+    if override.is_sweep_override():
+        problems.append(f"{text}: several values make a sweep, which needs -m; for a list write {key}=[{written}], "
+                        f"for a text {key}='\"{written}\"'")
+        return []
+    value = override.value()
+    if isinstance(value, str):
+        written = value
+    return [Item(key, _plain(value), written, "")]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _axis(override, text: str, problems: list[str]) -> list[str]:
+    """The overrides that one override of a sweep stands for."""
+    from hydra.core.override_parser.types import Glob
+    from hydra.errors import HydraException
+    if not override.is_sweep_override():
+        return [text]
+    key = override.key_or_group
+    prefix = text.partition("=")[0]
+    try:
+        value = override.value()
+        if isinstance(value, Glob):
+            if key not in registry.groups() and key != "experiment":
+                raise HydraException("glob chooses among the options of a group")
+            values = value.filter(list(registry.options(key)))
+        elif override.is_interval_sweep():
+            raise HydraException("an interval has no end of values; write choice or range")
+        else:
+            values = list(override.sweep_string_iterator())
+    except (HydraException, ValueError, ArithmeticError) as error:
+        problems.append(f"{text}: {error}")
+        return []
+    if not values:
+        problems.append(f"{text}: stands for no value at all")
+    return [f"{prefix}={value}" for value in values]
+
+
+# ---- reading files
+
+def _yaml(text: str, source: str, problems: list[str]) -> dict:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+    try:
+        node = OmegaConf.create(text)
+        values = OmegaConf.to_container(node, resolve=False) if text.strip() else {}
+        if not isinstance(values, dict) or (len(values) == 1 and values == {text: None}):
+            raise ValueError("it should be a map of keys and values")
+        return values
+    except (YAMLError, OmegaConfBaseException, ValueError, AttributeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark else ""
+        what = getattr(error, "problem", None) or str(error).strip().splitlines()[0]
+        problems.append(f"{source}{where}: cannot be read: {what}")
+        return {}
+
+
+def _file_items(path: Path, source: str, problems: list[str]) -> list[Item]:
+    """What a `--config` file or an experiment says."""
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(f"{source}: cannot be read ({getattr(error, 'strerror', None) or error})")
+        return []
+    items = []
+    for key, value in _yaml(text, source, problems).items():
+        bad = next(_forbidden(str(key), value), None)
+        if bad:
+            problems.append(f"{source}: {bad}")
+        else:
+            items.append(Item(str(key), _plain(value), show(value), source))
+    return items
+
+
+def _forbidden(key: str, value: Any) -> Iterator[str]:
+    """Whatever could run code or read what is not in the configuration."""
+    if re.search(r"(^|\.)_[a-z]+_(\.|$)", key):
+        yield f"{key}: not allowed; things are chosen by their names"
+    if isinstance(value, dict):
+        for k, v in value.items():
+            yield from _forbidden(f"{key}.{k}", v)
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from _forbidden(key, v)
+    elif isinstance(value, str) and "${" in value:
+        yield f"{key}={value}: interpolations (${{...}}) are not allowed; write the value"
+
+
+def _use_plugins(typed: list[Item], in_file: list[Item]) -> None:
+    items = [i for layer in (typed, in_file) for i in reversed(layer) if i.key == "plugins"]
+    if not items:
+        return registry.use(())
+    item = items[0]
+    problem = knobs.check("plugins", item.value, "list[str]", item.text)
+    if problem:
+        raise ConfigError(problem + f"; write plugins=[{item.text}]")
+    registry.use(item.value)
+
+
+# ---- choosing options and setting knobs
+
+def _choices(items: list[Item], groups: dict[str, str], problems: list[str]) -> tuple[list[Item], dict[str, str | None]]:
+    """Part the items into settings of knobs, and the options chosen (None: there is no such option)."""
+    settings, choices = [], {}
+    for item in items:
+        group = item.key
+        if group.endswith(".name") and (owner := group.partition(".")[0]) in groups and group.count(".") == 1:
+            if not item.source:
+                problems.append(f"{item}: write {owner}={item.text}")
+                continue
+            group, item = owner, item._replace(key=owner, value={"name": item.value})
+        if group not in groups:
+            settings.append(item)
+            continue
+        name = item.value
+        if isinstance(item.value, dict):
+            rest = dict(item.value)
+            name = rest.pop("name", None)
+            settings += [Item(f"{group}.{k}", v, show(v), item.source) for k, v in rest.items()]
+            if "name" not in item.value:
+                continue
+            name = _by_registry_name(group, name)
+        elif not isinstance(name, str):
+            name = item.text
+        where = f" (in {item.source})" if item.source else ""
+        try:
+            registry.option(group, name)
+        except ConfigError as error:
+            problems += [problem + where for problem in error.problems]
+            name = None
+        choices[group] = name
+    return settings, choices
+
+
+def _by_registry_name(group: str, name: Any) -> str:
+    """A map's `name` is an option, or else what an option's class is called."""
+    known = registry.options(group)
+    if name in known:
+        return name
+    return next((option for option in known if registry.option(group, option).name == name), str(name))
+
+
+def _assign(item: Item, known: dict[str, knobs.Knob], groups: dict[str, str], problems: list[str]) -> list[tuple[str, Any]]:
+    """The plain assignments that an item stands for, coerced to what the knobs' specs say."""
+    key, value = item.key, item.value
+    where = f" (in {item.source})" if item.source else ""
+    bad = next(_forbidden(key, value), None)
+    if bad:
+        problems.append(bad + where)
+        return []
+    if key in known and not (known[key].spec.startswith("map like") and isinstance(value, dict)):
+        problem = knobs.check(key, value, known[key].spec, item.text)
+        if problem:
+            problems.append(problem + where)
+            return []
+        return [(key, knobs.coerce(value, known[key].spec, item.text))]
+    if key in known:  # like the map around it
+        inside = [_assign(Item(f"{key}.{k}", v, show(v), item.source), known, groups, problems) for k, v in value.items()]
+        return [(key, {}), *itertools.chain(*inside)]
+    around = next((k for k in known if key.startswith(k + ".") and knobs.is_map(known[k].spec)), None)
+    if around and known[around].spec.startswith("map like"):
+        sibling = around.rpartition(".")[0] + key[len(around):]
+        if sibling in known and not knobs.is_map(known[sibling].spec):
+            problem = knobs.check(key, value, known[sibling].spec, item.text)
+            problems += [problem + where] if problem else []
+            return [] if problem else [(key, knobs.coerce(value, known[sibling].spec, item.text))]
+        near = suggest(sibling, known, None)
+        problems.append(f"{item}: unknown key" + did_you_mean(near and around + near[len(around.rpartition('.')[0]):]))
+        return []
+    if around:
+        return [(key, value)]
+    if any(k.startswith(key + ".") for k in known):
+        if not isinstance(value, dict):
+            inside = [k for k in known if k.startswith(key + ".")]
+            problems.append(f"{item}: {key} is a map of {', '.join(inside)}")
+            return []
+        return [x for k, v in value.items() for x in _assign(Item(f"{key}.{k}", v, show(v), item.source), known, groups, problems)]
+    group = key.partition(".")[0]
+    near = suggest(key, known, None)
+    there = [k for k in known if k.startswith(group + ".")] or [*groups, "experiment", *(k for k in known if "." not in k), "run.*"]
+    problems.append(f"{item}: unknown key{did_you_mean(near)}; there are: {', '.join(there)}")
+    return []
+
+
+def suggest(key: str, known=None, default: str | None = "") -> str | None:
+    """The known key that a mistyped one most likely stands for; `default` ("": the key itself) where there is none."""
+    if known is None:
+        known = dict(registry.main().knobs)
+        for group, option in registry.groups().items():
+            if option in registry.options(group):
+                known |= {f"{group}.{k}": knob for k, knob in registry.option(group, option).knobs.items()}
+    key = key.replace("-", "_").replace("/", ".")
+    words = [*known, *registry.groups(), "experiment"]
+    if key in words:
+        return key
+    leaf, group = key.rpartition(".")[2], key.partition(".")[0]
+    leaves: dict[str, list[str]] = {}
+    for word in words:
+        leaves.setdefault(word.rpartition(".")[2], []).append(word)
+    near = leaf if leaf in leaves else nearest(leaf, leaves)
+    if "." in key and not (near and any(w.startswith(group + ".") for w in leaves[near])):
+        near_key = nearest(key, words)
+        if near_key:
+            return near_key
+    if near:
+        return next((w for w in leaves[near] if w.startswith(group + ".")), leaves[near][0])
+    return nearest(key, words) or (key if default == "" else default)
+
+
+# ---- composing and checking
+
+@lru_cache(maxsize=64)
+def _composed(options: tuple[tuple[str, str], ...], of: tuple[registry.Root, ...]) -> dict[str, Any]:
+    from hydra import compose as hydra_compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+    choices = [f"{group}={name}" for group, name in options]
+    path = [f"file://{root.conf}" for root in of[1:] if root.conf.is_dir()]
+    try:
+        with initialize_config_dir(str(of[0].conf), job_name="lbp", version_base="1.3"):
+            node = hydra_compose("config", [*choices, f"hydra.searchpath={path!r}"])
+            return OmegaConf.to_container(node, resolve=True)
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"{' '.join(choices)}: an option's file is broken: {error}") from error
+
+
+def _defaults(options: tuple[tuple[str, str], ...], of: tuple[registry.Root, ...]) -> dict[str, Any]:
+    """What the options' files say, composed by Hydra."""
+    values = copy.deepcopy(_composed(options, of))
+    for group, name in options:
+        inside = values.get(group) or {}
+        inside.pop("prefers", None)
+        values[group] = {"name": inside.pop("name", name), **inside}
+    return values
+
+
+def _flat(values: dict, known: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        key = prefix + key
+        if isinstance(value, dict) and key not in known:
+            yield from _flat(value, known, key + ".")
+        else:
+            yield key, value
+
+
+def _check(config: Config, known: dict[str, knobs.Knob]) -> list[str]:
+    """Problems of the composed values, which can only come from an option's own file; makes them what the specs say."""
+    problems = []
+    for key, value in list(_flat(config.values, known)):
+        group, _, rest = key.partition(".")
+        files = f" (in {registry.option(group, config.options[group]).path})" if group in config.options else ""
+        problems += [problem + files for problem in _forbidden(key, value)]
+        if group in config.options and rest == "name":
+            continue
+        if key not in known or not known[key].spec:
+            problems.append(f"{key}={show(value)}: has no comment that says its type{files}")
+        elif problem := knobs.check(key, value, known[key].spec):
+            problems.append(problem + files)
+        else:
+            *path, last = key.split(".")
+            node = config.values
+            for part in path:
+                node = node[part]
+            node[last] = knobs.coerce(value, known[key].spec)
+    for kind in registry.FOLDERS:
+        _try(problems, registry.entry, kind, config.values[kind]["name"])
+    name, folder = config.values["run"]["name"], config.values["run"]["dir"]
+    if name is not None and not slug(name):
+        problems.append(f"run.name={name}: needs at least one letter or digit")
+    if folder is not None and (not folder.strip() or "\0" in folder or any(len(p.encode()) > 255 for p in Path(folder).parts)):
+        problems.append(f"run.dir={folder!r}: cannot be a folder")
+    return problems
+
+
+def _refusals(config: Config, typed: list[Item], choices: dict[str, str]) -> list[str]:
+    """What an algo's facts rule out, without asking torch."""
+    algo = config.values["algo"]["name"]
+    if not registry.entry("algo", algo).facts.get("closed_form"):
+        return []
+    vain = [str(i) for i in typed if i.key.partition(".")[0] in ("optimizer", "schedule") or i.key == "trainer.epochs"]
+    vain += [f"{group}={choices[group]}" for group in ("optimizer", "schedule") if group in choices]
+    return [f"{text}: algo={config.options['algo']} solves for its weights in closed form and would ignore it; leave it out"
+            for text in vain]
+
+
+def slug(text: str, longest: int = 60) -> str:
+    """A text made safe as part of a folder's name: letters, digits, `._-`; "" where nothing is left."""
+    import unicodedata
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9._=]+", "-", plain).replace("=", "-")[:longest].strip("-._")

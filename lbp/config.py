@@ -53,7 +53,7 @@ def compose(overrides: list[str], file: Path | None = None) -> Config:
     problems: list[str] = []
     typed = [item for text in overrides for item in _items(text, problems)]
     in_file = _file_items(Path(file), str(file), problems) if file else []
-    _use_plugins(typed or [], in_file)
+    _use_plugins(typed, in_file)
 
     # the options, from the strongest source that names one
     groups = registry.groups()
@@ -119,7 +119,7 @@ def compose(overrides: list[str], file: Path | None = None) -> Config:
         for part in path:
             node = node.setdefault(part, {})
         node[last] = value
-    said = {key for layer in layers for item in layer for key in [item.key]}
+    said = {item.key for layer in layers for item in layer}
     chosen = [(g, o, source) for g, o in decided.items()] + [(i.key, i.value, source) for i in wished if i.key not in said]
     config = Config(values, options | ({"experiment": experiment} if experiment else {}), list(overrides), chosen, dropped)
     problems = _check(config, known) or _refusals(config, layers[2], chosen_by[2])
@@ -179,6 +179,8 @@ def _parse(text: str, problems: list[str]):
         problems.append(f"{text}: packages (@) have no meaning here; write group=option")
     elif "${" in text:
         problems.append(f"{text}: interpolations (${{...}}) are not allowed; write the value")
+    elif not text.isprintable() or not text.isascii() and "\udc80" <= max(text) <= "\udfff":
+        problems.append(f"{text!r}: has characters that cannot be printed")
     elif "_target_" in text:
         problems.append(f"{text}: _target_ is not allowed; things are chosen by their names")
     else:
@@ -324,7 +326,7 @@ def _choices(items: list[Item], groups: dict[str, str], problems: list[str]) -> 
             settings += [Item(f"{group}.{k}", v, show(v), item.source) for k, v in rest.items()]
             if "name" not in item.value:
                 continue
-            name = _by_registry_name(group, name)
+            name = _by_registry_name(group, str(name))
         elif not isinstance(name, str):
             name = item.text
         where = f" (in {item.source})" if item.source else ""
@@ -337,12 +339,12 @@ def _choices(items: list[Item], groups: dict[str, str], problems: list[str]) -> 
     return settings, choices
 
 
-def _by_registry_name(group: str, name: Any) -> str:
+def _by_registry_name(group: str, name: str) -> str:
     """A map's `name` is an option, or else what an option's class is called."""
     known = registry.options(group)
     if name in known:
         return name
-    return next((option for option in known if registry.option(group, option).name == name), str(name))
+    return next((option for option in known if registry.option(group, option).name == name), name)
 
 
 def _assign(item: Item, known: dict[str, knobs.Knob], groups: dict[str, str], problems: list[str]) -> list[tuple[str, Any]]:
@@ -381,9 +383,10 @@ def _assign(item: Item, known: dict[str, knobs.Knob], groups: dict[str, str], pr
             return []
         return [x for k, v in value.items() for x in _assign(Item(f"{key}.{k}", v, show(v), item.source), known, groups, problems)]
     group = key.partition(".")[0]
-    near = suggest(key, known, None)
+    owner = next((g for g in groups if "." not in key and value in registry.options(g)), None) if isinstance(value, str) else None
+    near = f"{owner}={value}" if owner else suggest(key, known, None)
     there = [k for k in known if k.startswith(group + ".")] or [*groups, "experiment", *(k for k in known if "." not in k), "run.*"]
-    problems.append(f"{item}: unknown key{did_you_mean(near)}; there are: {', '.join(there)}")
+    problems.append(f"{item}: unknown key; there are: {', '.join(there)}{did_you_mean(near)}")
     return []
 
 
@@ -421,14 +424,16 @@ def _composed(options: tuple[tuple[str, str], ...], of: tuple[registry.Root, ...
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
-    choices = [f"{group}={name}" for group, name in options]
+    standard = registry.groups()
+    choices = [f"{group}={name}" for group, name in options if standard[group] != name]
     path = [f"file://{root.conf}" for root in of[1:] if root.conf.is_dir()]
+    where = [f"hydra.searchpath={path!r}"] if path else []
     try:
         with initialize_config_dir(str(of[0].conf), job_name="lbp", version_base="1.3"):
-            node = hydra_compose("config", [*choices, f"hydra.searchpath={path!r}"])
+            node = hydra_compose("config", [*choices, *where])
             return OmegaConf.to_container(node, resolve=True)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"{' '.join(choices)}: an option's file is broken: {error}") from error
+        raise ConfigError(f"{' '.join(f'{g}={o}' for g, o in options)}: an option's file is broken: {error}") from error
 
 
 def _defaults(options: tuple[tuple[str, str], ...], of: tuple[registry.Root, ...]) -> dict[str, Any]:
@@ -491,7 +496,13 @@ def _refusals(config: Config, typed: list[Item], choices: dict[str, str]) -> lis
 
 
 def slug(text: str, longest: int = 60) -> str:
-    """A text made safe as part of a folder's name: letters, digits, `._-`; "" where nothing is left."""
+    """A text made safe as part of a folder's name: letters, digits and `._-`; "" where nothing is left."""
     import unicodedata
-    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
-    return re.sub(r"[^A-Za-z0-9._=]+", "-", plain).replace("=", "-")[:longest].strip("-._")
+    plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return re.sub(r"[^A-Za-z0-9._]+", "-", plain)[:longest].strip("-._")
+
+
+def quoted(text: str) -> str:
+    """A text as an override's value, whatever is in it."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+    return QuotedString(text, Quote.single).with_quotes()

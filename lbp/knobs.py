@@ -1,7 +1,7 @@
 """The knobs of an option, read from the comments of its YAML: `lr: 0.001   # float > 0; learning rate`.
 
 Needs no package, so that `lbp list` and `lbp show` answer at once. A spec is a list of alternatives, ` | ` between them:
-`int`, `float`, `bool`, `str` (numbers may be followed by comparisons: `>= 0 < 1`), `list[SPEC]`, `map` (open: any keys),
+`int`, `float`, `bool`, `str` (numbers may be followed by comparisons: `>= 0 < 1`), `list[SPEC]` (`list[A, B]`: exactly two), `map` (open: any keys),
 `map like ..` (keys and specs of the map around it), or a literal word (`relu`, `null`, `auto`).
 """
 
@@ -186,9 +186,14 @@ def _coerce(value: Any, alternative: str) -> tuple | None:
     if alternative.startswith("map"):
         return (dict(value),) if isinstance(value, dict) else None
     if alternative.startswith("list["):
+        if not isinstance(value, (list, tuple)):
+            return None
+        inside = _split(alternative[5:-1], ",")
+        if len(inside) == 1:
+            inside *= len(value)
         try:
-            return ([coerce(x, alternative[5:-1]) for x in value],) if isinstance(value, (list, tuple)) else None
-        except Misfit:
+            return ([coerce(x, spec) for x, spec in zip(value, inside, strict=True)],)
+        except ValueError:  # a Misfit, or another length
             return None
     if isinstance(value, bool):
         return (alternative,) if alternative in _YAML_BOOLS[value] else None
@@ -201,7 +206,7 @@ def check(key: str, value: Any, spec: str, text: str | None = None) -> str | Non
         coerce(value, spec, text)
     except Misfit:
         near = nearest(value, [a for a in _alternatives(spec) if a.isidentifier()]) if isinstance(value, str) else None
-        return f"{key}={show(value) if text is None else text}: must be {spec}" + did_you_mean(near)
+        return f"{key}={show(value) if text is None else text}: must be {spec.replace('map like ..', 'a map of the keys beside it')}" + did_you_mean(near)
     return None
 
 
@@ -211,8 +216,7 @@ def show(value: Any) -> str:
         return "{" + ", ".join(f"{k}: {show(v)}" for k, v in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(show, value)) + "]"
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if value is None or isinstance(value, bool) \
-        else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def nearest(word: str, among) -> str | None:

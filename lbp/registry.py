@@ -157,10 +157,19 @@ def _facts(node: ast.ClassDef, path: Path) -> dict[str, Any] | None:
             try:
                 if call.args:
                     raise ValueError
-                return {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+                return _usual_facts() | {k.arg: ast.literal_eval(k.value) for k in call.keywords}
             except (ValueError, TypeError):
                 raise ConfigError(f"{path}:{call.lineno}: facts must be keywords with literal values") from None
     return None
+
+
+@lru_cache(maxsize=None)
+def _usual_facts() -> dict[str, Any]:
+    """The defaults of `Facts`, which a rule need not repeat."""
+    tree = ast.parse((Path(__file__).parent / "algos" / "rule.py").read_text("utf-8"))
+    facts = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Facts")
+    return {line.target.id: ast.literal_eval(line.value) if line.value else None
+            for line in facts.body if isinstance(line, ast.AnnAssign)}
 
 
 def _entries(kind: str, name: str) -> list[Entry]:

@@ -1,4 +1,5 @@
-"""Augmentation of image batches on their device; what is drawn is a pure function of (seed, epoch), on every device."""
+"""Augmentation of image batches on their device; what is drawn is a pure function of (seed, epoch), on every
+device."""
 
 import hashlib
 from collections.abc import Callable
@@ -17,7 +18,8 @@ def generator(*key) -> torch.Generator:
 
 
 def translate(x: Tensor, by: Tensor, reach: int, black: Tensor) -> Tensor:
-    """Moves image i of x (N, C, H, W) by `reach - by[i]` = (down, right) pixels, `by` (N, 2) in 0 .. 2 * reach."""
+    """Moves image i of x (N, C, H, W) by `reach - by[i]` = (down, right) pixels, `by` (N, 2) in 0 .. 2 *
+    reach."""
     n, c, h, w = x.shape
     padded = black.expand(n, c, h + 2 * reach, w + 2 * reach).contiguous()
     padded[:, :, reach:reach + h, reach:reach + w] = x
@@ -31,7 +33,8 @@ def mirror(x: Tensor, which: Tensor, _, black: Tensor) -> Tensor:
 
 
 def cutout(x: Tensor, centre: Tensor, side: int, black: Tensor) -> Tensor:
-    """Blackens in image i a square around `centre[i]` = (row, column), clipped by the border (DeVries & Taylor 2017)."""
+    """Blackens in image i a square around `centre[i]` = (row, column), clipped by the border (DeVries &
+    Taylor 2017)."""
     def inside(length, middle):
         offset = torch.arange(length, device=x.device) - middle.unsqueeze(1) + side // 2
         return (offset >= 0) & (offset < side)
@@ -60,15 +63,16 @@ KINDS = {   # token: what is drawn for an epoch, what it does to a batch, whethe
 
 
 class Augment:
-    """The tokens of `dataset.augment`, in their order: `shift:2`, `crop:4`, `flip`, `cutout:8`. Raises ConfigError."""
+    """The tokens of `dataset.augment`, in their order: `shift:2`, `crop:4`, `flip`, `cutout:8`. Raises
+    ConfigError."""
 
     def __init__(self, tokens: list[str]):
         self.steps, problems = [], []
         for token in tokens:
             name, _, size = str(token).partition(":")
             if name not in KINDS:
-                problems.append(f"dataset.augment: unknown {token!r}, allowed are shift:K, crop:K, flip, cutout:K"
-                                + knobs.did_you_mean(knobs.nearest(name, KINDS)))
+                problems.append(f"dataset.augment: unknown {token!r}, allowed are shift:K, crop:K, flip, "
+                                "cutout:K" + knobs.did_you_mean(knobs.nearest(name, KINDS)))
             elif KINDS[name][2] != (size.isdecimal() and int(size) > 0) or (size and not KINDS[name][2]):
                 form = f"{name}:K with K pixels, an int > 0" if KINDS[name][2] else f"{name} alone"
                 problems.append(f"dataset.augment: {token!r} is not of the form {form}")
@@ -80,8 +84,10 @@ class Augment:
     def __bool__(self):
         return bool(self.steps)
 
-    def epoch(self, n: int, shape, seed: int, epoch: int, device, black: Tensor) -> Callable[[Tensor, slice], Tensor]:
-        """Draws for the n places of an epoch; the result takes a batch and its places. `black` (C, 1, 1) fills."""
+    def epoch(self, n: int, shape, seed: int, epoch: int, device,
+              black: Tensor) -> Callable[[Tensor, slice], Tensor]:
+        """Draws for the n places of an epoch; the result takes a batch and its places. `black` (C, 1, 1)
+        fills."""
         drawn = [(KINDS[name][1], size,
                   KINDS[name][0](n, shape, size, generator("augment", seed, epoch, i)).to(device))
                  for i, (name, size) in enumerate(self.steps)]

@@ -1,4 +1,5 @@
-"""Configuration -> tensors on the device and a task. Data is checked and normalised once, then only indexed."""
+"""Configuration -> tensors on the device and a task. Data is checked and normalised once, then only
+indexed."""
 
 import inspect
 from collections.abc import Iterator
@@ -15,8 +16,8 @@ from lbp.datasets.task import Task
 from lbp.errors import ConfigError, DataError
 
 COMMON = {      # the knobs of every dataset: conf/dataset/_common.yaml says the same, with their docs
-    "root": "data", "train_size": None, "val_size": 0.1, "normalize": "standard", "resize": None, "augment": [],
-    "loss": "auto", "label_smoothing": 0.0,
+    "root": "data", "train_size": None, "val_size": 0.1, "normalize": "standard", "resize": None,
+    "augment": [], "loss": "auto", "label_smoothing": 0.0,
 }
 TEST_SHARE = 0.2    # of a set that comes without a test split
 CHUNK = 1 << 20     # values converted at a time, which bounds what loading needs beside source and result
@@ -27,9 +28,10 @@ class Arrays:
     """
     What a dataset's function returns; arrays or tensors on the CPU.
 
-    x (N, C, H, W) if kind is "image", (N, D) if "vector"; uint8 or float. y (N,) integer labels where `classes` names
-    the classes, else (N,) or (N, k) real targets. Without x_test and y_test, `load` cuts a fixed fifth for testing.
-    `white` is an image's greatest possible value: 255 for uint8, and by default what the training split reaches.
+    x (N, C, H, W) if kind is "image", (N, D) if "vector"; uint8 or float. y (N,) integer labels where
+    `classes` names the classes, else (N,) or (N, k) real targets. Without x_test and y_test, `load` cuts a
+    fixed fifth for testing. `white` is an image's greatest possible value: 255 for uint8, and by default what
+    the training split reaches.
     """
 
     x: np.ndarray | Tensor
@@ -43,7 +45,8 @@ class Arrays:
 
     @classmethod
     def of(cls, x, y, x_test=None, y_test=None) -> "Arrays":
-        """From plain arrays: 2-D x are vectors, 3-D (N, H, W) and 4-D images; integer y labels, real y targets.
+        """From plain arrays: 2-D x are vectors, 3-D (N, H, W) and 4-D images; integer y labels, real y
+        targets.
 
         Raises DataError unless the labels are 0 .. C-1 with every class present."""
         x, y = _tensor(x, "x"), _tensor(y, "y", target=True)
@@ -57,7 +60,7 @@ class Arrays:
             found = y.unique().tolist()
             if found != list(range(len(found))):
                 raise DataError(f"labels must be 0 .. C-1 with every class present, y holds {_few(found)}: "
-                                "number them by np.unique(y, return_inverse=True), or pass real targets as floats")
+                                "number them by np.unique(y, return_inverse=True), or pass floats as targets")
             classes = [str(c) for c in found]
         return cls(x, y, x_test, y_test, "vector" if x.dim() == 2 else "image", classes)
 
@@ -65,8 +68,8 @@ class Arrays:
 class Split:
     """x (N, *in_shape) and y (N,) labels or (N, k) targets, both resident on the device."""
 
-    def __init__(self, x: Tensor, y: Tensor, *, batch_size: int, seed: int = 0, augment: Augment | None = None,
-                 black: Tensor | None = None):
+    def __init__(self, x: Tensor, y: Tensor, *, batch_size: int, seed: int = 0,
+                 augment: Augment | None = None, black: Tensor | None = None):
         self.x, self.y, self.seed, self.augment, self.black = x, y, seed, augment, black
         self.batch_size = min(batch_size, len(x))
 
@@ -81,7 +84,8 @@ class Split:
     def batches(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Full batches in an order that is a pure function of (seed, epoch), augmented; the tail is dropped.
 
-        A set smaller than a batch is one batch. `skip` leaves out the first batches and changes none of the others."""
+        A set smaller than a batch is one batch. `skip` leaves out the first batches and changes none of the
+        others."""
         n, size, device = len(self.x), self.batch_size, self.x.device
         order = torch.randperm(n, generator=generator("order", self.seed, epoch)).to(device)
         augmented = (self.augment.epoch(n, self.x.shape[1:], self.seed, epoch, device, self.black)
@@ -92,13 +96,15 @@ class Split:
             yield (augmented(x, places) if augmented else x), y
 
     def passes(self, size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every sample once, in order, never augmented, `size` at a time (512). Views: not to be written into."""
+        """Every sample once, in order, never augmented, `size` at a time (512). Views: not to be written
+        into."""
         return zip(self.x.split(size or 512), self.y.split(size or 512))
 
 
 @dataclass
 class Data:
-    """A dataset ready to train on; `val` is None with val_size=0. `classes` are names, None for regression."""
+    """A dataset ready to train on; `val` is None with val_size=0. `classes` are names, None for
+    regression."""
 
     name: str
     task: Task
@@ -110,7 +116,8 @@ class Data:
 
     def described(self) -> str:
         """One line for the header of a run."""
-        sizes = ", ".join(f"{len(s):,} {n}" for n, s in (("train", self.train), ("val", self.val), ("test", self.test)) if s)
+        splits = {"train": self.train, "val": self.val, "test": self.test}
+        sizes = ", ".join(f"{len(split):,} {name}" for name, split in splits.items() if split)
         what = f"{self.task.classes} classes" if self.task.classes else f"{self.task.outputs} real target(s)"
         shape = "x".join(map(str, self.task.in_shape))
         return f"{self.name}: {sizes}; {shape}, {what}, {self.task.loss_name}, normalize={self.normalize}"
@@ -121,8 +128,8 @@ def load(cfg: dict, *, seed: int, batch_size: int, device="cpu", dtype: torch.dt
     """
     The dataset that `cfg` (the dataset group of a configuration) names, or `arrays` under the same knobs.
 
-    `seed` decides validation split, subset, order and augmentation, never the test split. Raises DataError for data
-    that cannot be had or used, ConfigError for knobs that do not fit it.
+    `seed` decides validation split, subset, order and augmentation, never the test split. Raises DataError
+    for data that cannot be had or used, ConfigError for knobs that do not fit it.
     """
     cfg = COMMON | cfg
     augment = Augment(cfg["augment"])
@@ -130,7 +137,8 @@ def load(cfg: dict, *, seed: int, batch_size: int, device="cpu", dtype: torch.dt
     name = arrays.name or cfg.get("name", "arrays")
     arrays = _checked(arrays, name)
     if arrays.kind != "image" and (augment or cfg["resize"]):
-        raise ConfigError(f"dataset.augment and dataset.resize need images, dataset={name} has {arrays.kind}s: remove them")
+        raise ConfigError(f"dataset.augment and dataset.resize need images, dataset={name} has "
+                          f"{arrays.kind}s: remove them")
     if cfg["resize"]:
         arrays = replace(arrays, x=_resized(arrays.x, cfg["resize"]),
                          x_test=None if arrays.x_test is None else _resized(arrays.x_test, cfg["resize"]))
@@ -144,20 +152,23 @@ def load(cfg: dict, *, seed: int, batch_size: int, device="cpu", dtype: torch.dt
 
     shift, scale = _scaling(x, train, cfg["normalize"], kind, arrays.white)
     regression = arrays.classes is None
-    y_shift, y_scale = _scaling(y, train, cfg["normalize"], "vector") if regression and cfg["normalize"] == "standard" \
-        else (torch.zeros(1), torch.ones(1))
+    if regression:
+        how = "standard" if cfg["normalize"] == "standard" else "none"
+        y_shift, y_scale = _scaling(y, train, how, "vector")
 
     def split(x, y, rows, **how):
         targets = _filled(y, rows, y_shift, y_scale, device, dtype) if regression else y[rows].to(device)
-        return Split(_filled(x, rows, shift, scale, device, dtype), targets, batch_size=batch_size, seed=seed, **how)
+        return Split(_filled(x, rows, shift, scale, device, dtype), targets,
+                     batch_size=batch_size, seed=seed, **how)
 
-    task = Task("regression" if regression else "classification", tuple(x.shape[1:]),
-                y.shape[1] if regression else len(arrays.classes), None if regression else len(arrays.classes),
-                cfg["loss"] if cfg["loss"] != "auto" else "mse" if regression else "cross_entropy",
-                cfg["label_smoothing"], dtype)
+    classes = None if regression else len(arrays.classes)
+    loss = cfg["loss"] if cfg["loss"] != "auto" else "mse" if regression else "cross_entropy"
+    task = Task("regression" if regression else "classification", tuple(x.shape[1:]), classes or y.shape[1],
+                classes, loss, cfg["label_smoothing"], dtype)
     black = (-shift / scale)[0].to(device, dtype) if kind == "image" else None
     return Data(name, task, split(x, y, train, augment=augment or None, black=black),
-                split(x, y, val) if len(val) else None, split(x_test, y_test, held), arrays.classes, cfg["normalize"])
+                split(x, y, val) if len(val) else None, split(x_test, y_test, held), arrays.classes,
+                cfg["normalize"])
 
 
 def stratified(y: Tensor, rows: Tensor, size: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -188,12 +199,14 @@ def _divided(y: Tensor, pool: Tensor, cfg: dict, seed: int, name: str) -> tuple[
     n, val_size, train_size = len(pool), cfg["val_size"], cfg["train_size"]
     held = max(1, round(val_size * n)) if isinstance(val_size, float) and val_size > 0 else int(val_size)
     if held >= n:
-        raise ConfigError(f"dataset.val_size={val_size} leaves nothing to train on: dataset={name} has {n:,} training samples")
+        raise ConfigError(f"dataset.val_size={val_size} leaves nothing to train on: dataset={name} has "
+                          f"{n:,} training samples")
     val, train = stratified(y, pool, held, generator("val", seed))
     if train_size is not None:
         if train_size > len(train):
-            raise ConfigError(f"dataset.train_size={train_size} is more than the {len(train):,} training samples that "
-                              f"dataset={name} has beside {held:,} for validation (dataset.val_size)")
+            raise ConfigError(f"dataset.train_size={train_size} is more than the {len(train):,} "
+                              f"training samples that dataset={name} has beside {held:,} for validation "
+                              "(dataset.val_size)")
         train, _ = stratified(y, train, train_size, generator("subset", seed))
     if not y.is_floating_point() and len(y[train].unique()) < 2:
         raise ConfigError(f"the {len(train):,} training sample(s) of dataset={name} hold one class only: "
@@ -241,7 +254,8 @@ def _checked(arrays: Arrays, name: str) -> Arrays:
             if values.is_floating_point():
                 bad = sum(int((~chunk.isfinite()).sum()) for chunk in values.split(_rows(values)))
                 if bad:
-                    refuse(f"{bad:,} of the {values.numel():,} values of {letter}{part} are not finite: repair or drop them")
+                    refuse(f"{bad:,} of the {values.numel():,} values of {letter}{part} are not finite: "
+                           "repair or drop them")
         if arrays.classes is None:
             if not y.is_floating_point():
                 y = y.double()
@@ -254,7 +268,8 @@ def _checked(arrays: Arrays, name: str) -> Arrays:
             low, high, c = int(y.min()), int(y.max()), len(arrays.classes)
             if low < 0 or high >= c:
                 wrong = int(((y < 0) | (y >= c)).sum())
-                refuse(f"{wrong:,} label(s) of y{part} are out of range: found {low} .. {high}, allowed 0 .. {c - 1}")
+                refuse(f"{wrong:,} label(s) of y{part} are out of range: found {low} .. {high}, "
+                       f"allowed 0 .. {c - 1}")
             if not part and low == high:
                 refuse(f"all {len(y):,} training samples are of class {low} ({arrays.classes[low]}): "
                        "classification needs two classes or more")
@@ -263,7 +278,8 @@ def _checked(arrays: Arrays, name: str) -> Arrays:
     if x_test is None and len(x) < 3:
         refuse(f"{len(x)} samples cannot be cut into training and test samples")
     if x_test is not None and (x.shape[1:] != x_test.shape[1:] or y.shape[1:] != y_test.shape[1:]):
-        refuse(f"training and test samples differ in shape: {tuple(x.shape[1:])} and {tuple(x_test.shape[1:])}, "
+        refuse("training and test samples differ in shape: "
+               f"{tuple(x.shape[1:])} and {tuple(x_test.shape[1:])}, "
                f"targets {tuple(y.shape[1:])} and {tuple(y_test.shape[1:])}")
     white = 255.0 if arrays.white is None and x.dtype == torch.uint8 else arrays.white
     return replace(arrays, x=x, y=y, x_test=x_test, y_test=y_test, white=white)
@@ -279,21 +295,24 @@ def _chunks(x: Tensor, rows: Tensor) -> Iterator[Tensor]:
     return (x[some].to(work) for some in rows.split(_rows(x)))
 
 
-def _scaling(x: Tensor, rows: Tensor, how: str, kind: str, white: float | None = None) -> tuple[Tensor, Tensor]:
-    """(shift, scale) so that (x - shift) / scale is normalised by x[rows]: (1, C, 1, 1) for images, (1, D) for vectors."""
+def _scaling(x: Tensor, rows: Tensor, how: str, kind: str,
+             white: float | None = None) -> tuple[Tensor, Tensor]:
+    """(shift, scale) so that (x - shift) / scale is normalised by x[rows]: (1, C, 1, 1) for images, (1, D)
+    for vectors."""
     image, ones = kind == "image", (1, -1) + (1,) * (x.dim() - 2)
     axes = [0] + list(range(2, x.dim()))
-    if how == "none":
-        return torch.zeros(x.shape[1], dtype=torch.float64).view(ones), torch.ones(x.shape[1], dtype=torch.float64).view(ones)
+    shift, scale = torch.zeros(x.shape[1], dtype=torch.float64), torch.ones(x.shape[1], dtype=torch.float64)
     if how == "standard":
         count = len(rows) * x[0, 0].numel()
         mean = sum(c.sum(axes, dtype=torch.float64) for c in _chunks(x, rows)) / count
-        square = sum((c - mean.view(ones).to(c.dtype)).square_().sum(axes, dtype=torch.float64) for c in _chunks(x, rows))
-        shift, scale = mean, (square / count).sqrt()
+        pivot = mean.round() if x.dtype == torch.uint8 else mean        # whole numbers keep fp32 exact
+        square = sum((c - pivot.view(ones).to(c.dtype)).square_().sum(axes, dtype=torch.float64)
+                     for c in _chunks(x, rows))
+        shift, scale = mean, (square / count - (mean - pivot).square()).clamp(min=0).sqrt()
         scale = scale.masked_fill(scale <= 1e-12 * mean.abs(), 1.0)       # constant
-    elif image and white is not None:
-        shift, scale = torch.zeros(x.shape[1], dtype=torch.float64), torch.full((x.shape[1],), white, dtype=torch.float64)
-    else:
+    elif how == "unit" and image and white is not None:
+        scale = scale * white
+    elif how == "unit":
         low = torch.stack([c.amin(axes) for c in _chunks(x, rows)]).amin(0)
         high = torch.stack([c.amax(axes) for c in _chunks(x, rows)]).amax(0)
         if image:       # colours keep their balance

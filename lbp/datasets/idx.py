@@ -1,4 +1,5 @@
-"""MNIST's file format, and the sets that come in it: torchvision's folder layout, its addresses and checksums."""
+"""MNIST's file format, and the sets that come in it: torchvision's folder layout, its addresses and
+checksums."""
 
 import contextlib
 import gzip
@@ -24,24 +25,27 @@ def idx_images(name: str, root: str, folder: str, classes: list[str], instead: s
     """
     Training and test images (N, 1, H, W) uint8 of `root/folder/raw/*-ubyte[.gz]`.
 
-    Missing files are fetched by `torchvision.datasets.<folder>`. Raises DataError, which names dataset=`instead`.
+    Missing files are fetched by `torchvision.datasets.<folder>`. Raises DataError, which names
+    dataset=`instead`.
     """
     raw = Path(root).expanduser().absolute() / folder / "raw"
-    stems = [f"{part}-{what}" for part in ("train", "t10k") for what in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+    stems = [f"{part}-{what}-ubyte" for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1")]
     missing = [stem for stem in stems if _present(raw, stem) is None]
     if missing:
         try:
             _fetch(name, folder, raw, missing)
         except Exception as cause:      # torchvision's own errors are of many kinds
             raise DataError(f"dataset={name}: {', '.join(missing)} not found in {raw}, and fetching failed: "
-                            f"{line(cause)}. Put the files there, plain or .gz (dataset.root or LBP_DATA is the folder "
-                            f"that holds {folder}/), or use dataset={instead} meanwhile") from cause
+                            f"{line(cause)}. Put the files there, plain or .gz (dataset.root or LBP_DATA is "
+                            f"the folder that holds {folder}/), or use dataset={instead} meanwhile"
+                            ) from cause
     x, y, x_test, y_test = (read_idx(_present(raw, stem)) for stem in stems)
     return Arrays(x[:, None], y.astype(np.int64), x_test[:, None], y_test.astype(np.int64), "image", classes)
 
 
 def read_idx(file: Path) -> np.ndarray:
-    """The uint8 array of an IDX file, plain or gzipped: magic 0, 0, type 8, dimensions; big-endian sizes; bytes."""
+    """The uint8 array of an IDX file, plain or gzipped: magic 0, 0, type 8, dimensions; big-endian sizes;
+    bytes."""
     try:
         with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as f:
             zero, kind, dims = struct.unpack(">HBB", f.read(4))
@@ -52,12 +56,14 @@ def read_idx(file: Path) -> np.ndarray:
                 raise ValueError(f"it claims {shape} values")
             array = np.empty(shape, np.uint8)
             held = f.readinto(memoryview(array.reshape(-1)))
-            if held != array.size or f.read(1):
-                raise ValueError(f"it should hold {array.size:,} values and holds {'more' if held == array.size else f'{held:,}'}")
+            if held != array.size:
+                raise ValueError(f"it should hold {array.size:,} values and holds {held:,}")
+            if f.read(1):
+                raise ValueError(f"it should hold {array.size:,} values and holds more")
             return array
     except (OSError, EOFError, ValueError, struct.error, zlib.error) as cause:
-        raise DataError(f"{file} cannot be read: {line(cause)}. Replace it by a good copy, or delete it and it is "
-                        "fetched again") from cause
+        raise DataError(f"{file} cannot be read: {line(cause)}. Replace it by a good copy, or delete it and "
+                        "it is fetched again") from cause
 
 
 def _present(raw: Path, stem: str) -> Path | None:
@@ -65,7 +71,8 @@ def _present(raw: Path, stem: str) -> Path | None:
 
 
 def _fetch(name: str, folder: str, raw: Path, missing: list[str]) -> None:
-    """Fetches beside the destination and moves file by file, so that no half file is ever taken for a good one."""
+    """Fetches beside the destination and moves file by file, so that no half file is ever taken for a good
+    one."""
     made = [p for p in (raw, *raw.parents) if not p.exists()]
     scratch, waited = None, socket.getdefaulttimeout()
     try:

@@ -8,9 +8,11 @@ from lbp.errors import DataError
 
 
 def sklearn_table(*, table: str) -> Arrays:
-    """Vectors with classes (iris, wine, breast_cancer) or a real target (diabetes); digits: images (1797, 1, 8, 8), 0 .. 16.
+    """Vectors with classes (iris, wine, breast_cancer) or a real target (diabetes); digits: images (1797, 1,
+    8, 8), 0 .. 16.
 
-    Features are raw (diabetes too, whose packaged scaling knows the test samples). No test split of its own."""
+    Features are raw (diabetes too, whose packaged scaling knows the test samples). No test split of its
+    own."""
     datasets = optional("sklearn.datasets", table)
     try:
         bunch = getattr(datasets, f"load_{table}")(**({"scaled": False} if table == "diabetes" else {}))

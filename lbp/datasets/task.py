@@ -1,4 +1,5 @@
-"""What is to be learned: shapes, loss, metric. The trainer, archs and rules know the data through this alone."""
+"""What is to be learned: shapes, loss, metric. The trainer, archs and rules know the data through this
+alone."""
 
 from dataclasses import dataclass
 
@@ -17,10 +18,11 @@ class Task:
     """
     Losses follow the sum convention: one value a target, never averaged over the batch.
 
-    Plain labels are y (N,) beside out (N, C); a sequence's are y (N, T), -100 where masked, beside out (N, T, C);
-    real targets are y (N, k) beside out (N, k). `loss_name` is `cross_entropy`; `mse`, half the squared distance to
-    the one-hot label or real target, summed over outputs (so its derivative is out - target); or `bce`, binary cross
-    entropy of logits against the one-hot label, summed over outputs. Raises ConfigError where these do not fit.
+    Plain labels are y (N,) beside out (N, C); a sequence's are y (N, T), -100 where masked, beside out (N, T,
+    C); real targets are y (N, k) beside out (N, k). `loss_name` is `cross_entropy`; `mse`, half the squared
+    distance to the one-hot label or real target, summed over outputs (so its derivative is out - target); or
+    `bce`, binary cross entropy of logits against the one-hot label, summed over outputs. Raises ConfigError
+    where these do not fit.
     """
 
     kind: str                       # "classification" | "regression"
@@ -39,8 +41,8 @@ class Task:
         if not 0 <= self.label_smoothing < 1:
             problems.append(f"dataset.label_smoothing={self.label_smoothing} must be >= 0 and < 1")
         if self.label_smoothing and self.loss_name != "cross_entropy":
-            problems.append(f"dataset.label_smoothing={self.label_smoothing} needs dataset.loss=cross_entropy, "
-                            f"not {self.loss_name}: set it to 0")
+            problems.append(f"dataset.label_smoothing={self.label_smoothing} needs "
+                            f"dataset.loss=cross_entropy, not {self.loss_name}: set it to 0")
         if problems:
             raise ConfigError(*problems)
 
@@ -49,7 +51,8 @@ class Task:
         return "accuracy" if self.kind == "classification" else "r2"
 
     def onehot(self, y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The target as a vector: one-hot labels (..., C) without smoothing, zeros where masked; real targets as they are."""
+        """The target as a vector: one-hot labels (..., C) without smoothing, zeros where masked; real targets
+        as they are."""
         if self.classes is None:
             return y.to(dtype or self.dtype)
         return (y.unsqueeze(-1) == torch.arange(self.classes, device=y.device)).to(dtype or self.dtype)
@@ -72,7 +75,8 @@ class Task:
         return (each * (y != MASKED)).flatten() if self._sequence(y) else each
 
     def error(self, out: Tensor, y: Tensor) -> Tensor:
-        """The derivative of loss(out, y).sum() by out: out's shape, detached, in fp32 (fp64 for fp64 outputs)."""
+        """The derivative of loss(out, y).sum() by out: out's shape, detached, in fp32 (fp64 for fp64
+        outputs)."""
         out = _at_least_fp32(out.detach())
         target = self.onehot(y, out.dtype).view_as(out)
         if self.loss_name == "cross_entropy":
@@ -88,12 +92,14 @@ class Task:
     @torch.no_grad()
     def score(self, out: Tensor, y: Tensor) -> Tensor:
         """
-        What the metric needs of a batch, to be added up over batches on the device (fp64, no synchronisation):
-        accuracy (2,): hits, targets; r2 (4, k): count, sums of y, of y squared, of the squared error, per output.
+        What the metric needs of a batch, to be added up over batches on the device (fp64, no
+        synchronisation): accuracy (2,): hits, targets; r2 (4, k): count, sums of y, of y squared, of the
+        squared error, per output.
         """
         if self.classes is None:
             out, y = out.double(), y.double().view_as(out)
-            return torch.stack((torch.ones_like(y).sum(0), y.sum(0), y.square().sum(0), (out - y).square().sum(0)))
+            each = torch.ones_like(y), y, y.square(), (out - y).square()
+            return torch.stack([values.sum(0) for values in each])
         hits = (out.argmax(-1) == y).sum()      # a masked label equals no class
         stats = torch.full((2,), y.numel(), dtype=torch.float64, device=out.device)
         stats[0] = hits
@@ -102,7 +108,8 @@ class Task:
         return stats
 
     def metric_value(self, stats: Tensor) -> float:
-        """The metric from added-up scores; nan where it is undefined (no target; r2 of targets that do not vary).
+        """The metric from added-up scores; nan where it is undefined (no target; r2 of targets that do not
+        vary).
 
         r2 is 1 - squared error / variance, averaged over outputs, against the mean of the same targets."""
         if self.classes is not None:

@@ -60,7 +60,7 @@ class ForwardForward(LearningRule):
         counted = list(self.network.hidden)[1:] or list(self.network.hidden)
         columns = []
         for label in range(self.task.classes):
-            h = with_label(x, torch.full((len(x),), label, device=x.device), self.task.classes)
+            h = with_label(x, torch.full((x.shape[0],), label, device=x.device), self.task.classes)
             score = 0.0
             for name, block in self.network.hidden.items():
                 h = block(unit_length(h))

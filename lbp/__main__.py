@@ -1,0 +1,5 @@
+import sys
+
+from lbp.cli import main
+
+sys.exit(main())

@@ -1,0 +1,290 @@
+"""The commands. Imports no torch: `--help`, `--version`, `list` and `show` answer at once."""
+
+import argparse
+import errno
+import os
+import shutil
+import sys
+import textwrap
+from pathlib import Path
+
+from lbp import __version__, knobs, registry
+from lbp.errors import ConfigError, LbpError
+
+LISTS = {"algos": "algo", "datasets": "dataset", "archs": "arch", "optimizers": "optimizer", "schedules": "schedule",
+         "experiments": "experiment"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return its exit code; errors become one readable line a problem on stderr."""
+    argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without our characters is no reason to fail
+    try:
+        try:
+            code = _command(list(argv))
+        finally:
+            sys.stdout.flush()
+        return code or 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again at its exit
+        return 0
+    except KeyboardInterrupt as error:
+        return _fail(error, 130, ["interrupted"])
+    except LbpError as error:
+        return _fail(error, error.code, str(error).splitlines() or [type(error).__name__])
+    except Exception as error:
+        if resource := _resource(error):
+            return _fail(error, 5, [resource])
+        return _fail(error, 1, [f"a bug in lbp or a plugin: {type(error).__name__}: {error}".splitlines()[0]
+                                + ("" if "--debug" in argv else " (--debug shows the traceback)")])
+
+
+def _fail(error: BaseException, code: int, lines: list[str]) -> int:
+    if "--debug" in sys.argv:
+        import traceback
+        traceback.print_exception(error)
+    for line in [*lines, *getattr(error, "__notes__", [])]:
+        print(f"lbp: {line}", file=sys.stderr)
+    return code
+
+
+def _resource(error: Exception) -> str | None:
+    """What ran out, and what would help; None if nothing did."""
+    names = [kind.__name__ for kind in type(error).__mro__]
+    if "MemoryError" in names or "OutOfMemoryError" in names or "DefaultCPUAllocator" in str(error):
+        what = str(error).strip().splitlines()
+        return f"out of memory{': ' + what[0] if what else ''}; try a smaller trainer.batch_size, a smaller arch, " \
+               "or trainer.precision=bf16"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full{': ' + str(error.filename) if error.filename else ''}; make room, or set run.dir elsewhere"
+    return None
+
+
+# ---- reading the command
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser("lbp", description="Learning beyond backprop: experiments with learning rules other than "
+                     "backpropagation.", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                     epilog="lbp train algo=dfa dataset=digits      one run\n"
+                            "lbp train -m algo=bp,fa,dfa seed=1,2   a sweep\n"
+                            "lbp list algos; lbp show algo=dfa      what there is")
+    parser.add_argument("--version", action="version", version=f"lbp {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def add(name: str, text: str, usage: str, epilog: str = "") -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False,
+                                      usage=f"lbp {name} {usage}", epilog=epilog,
+                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+        return command
+
+    train = add("train", "train one run, or a sweep with -m", "[-m] [--dry-run] [--config FILE] [--debug] [key=value ...]",
+                epilog="overrides:\n  group=option and key=value: algo=dfa arch.widths=[512,512] trainer.epochs=10\n"
+                       "  `lbp list` has the options of a group, `lbp show trainer` the keys of one")
+    train.add_argument("-m", "--multirun", action="store_true", help="a sweep over lists: seed=1,2,3 algo=glob(f*) range choice")
+    train.add_argument("--dry-run", action="store_true", help="show the configuration and the network, train nothing")
+    train.add_argument("--config", metavar="FILE", type=Path, help="YAML with overrides, as a run's own config.yaml")
+    evaluate = add("eval", "evaluate a checkpoint of a run", "RUN [--split SPLIT] [--checkpoint WHICH] [key=value ...]")
+    evaluate.add_argument("--split", choices=("test", "val", "train"), default="test")
+    rerun = add("rerun", "run the same experiment again", "RUN [key=value ...]")
+    rerun.add_argument("--dry-run", action="store_true", help="show the configuration and the network, train nothing")
+    export = add("export", "write the trained network, loadable without lbp", "RUN [--checkpoint WHICH] [--to PATH]")
+    export.add_argument("--to", metavar="PATH", type=Path)
+    for command in (evaluate, rerun, export):
+        command.add_argument("run", metavar="RUN", help="a run's folder, the start of its name, or last")
+    for command in (evaluate, export):
+        command.add_argument("--checkpoint", choices=("last", "best"), default="last")
+    listing = add("list", "list what there is", f"[{' | '.join(LISTS)}]")
+    listing.add_argument("what", nargs="?", metavar="WHAT")
+    show = add("show", "show an option: doc, paper, knobs and defaults", "[--yaml] GROUP=OPTION ...")
+    show.add_argument("what", nargs="+", metavar="GROUP=OPTION")
+    show.add_argument("--yaml", action="store_true", help="its YAML file")
+    parser.commands = list(commands.choices)
+    return parser
+
+
+def _command(argv: list[str]) -> int | None:
+    parser = _parser()
+    words = [word for word in argv if not word.startswith("-")]
+    if not argv:
+        parser.print_help()
+        return 2
+    if words and words[0] not in parser.commands:
+        hint = f"; did you mean lbp train {words[0]}?" if "=" in words[0] else \
+            knobs.did_you_mean(knobs.nearest(words[0], parser.commands))
+        raise ConfigError(f"{words[0]}: no such command; there are: {', '.join(parser.commands)}{hint}")
+    args, overrides = parser.parse_known_args(argv)
+    if not args.command:
+        raise ConfigError(f"{' '.join(overrides) or 'nothing to do'}: give a command: {', '.join(parser.commands)}")
+    overrides = _joined(overrides)
+    if overrides and args.command in ("list", "show", "export"):
+        raise ConfigError(*(f"{word}: lbp {args.command} takes no such argument" for word in overrides))
+    return globals()[f"_{args.command}"](args, overrides)
+
+
+def _joined(words: list[str]) -> list[str]:
+    """An unknown flag and its value as one, `--epochs 5` -> `--epochs=5`, for the message about it."""
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1].startswith("-") and "=" not in joined[-1] and "=" not in word and not word.startswith("-"):
+            joined[-1] += f"={word}"
+        elif word != "--":
+            joined.append(word)
+    return joined
+
+
+# ---- running
+
+def _train(args, overrides: list[str]) -> int | None:
+    from lbp import config
+    overrides = _elsewhere(args.config, overrides)
+    if not args.multirun:
+        return _start(config.compose(overrides, args.config), args.dry_run)
+    trials = config.grid(overrides, args.config)
+    if args.dry_run:
+        for number, trial in enumerate(trials, 1):
+            print(f"trial {number}/{len(trials)}: {' '.join(trial)}")
+        return 0
+    from lbp.launch.sweep import sweep
+    return sweep(trials, args.config, args.debug)
+
+
+def _rerun(args, overrides: list[str]) -> int | None:
+    from lbp import config
+    from lbp.launch.runs import find_run
+    file = find_run(args.run) / "config.yaml"
+    return _start(config.compose(_elsewhere(file, overrides), file), args.dry_run)
+
+
+def _elsewhere(file: Path | None, overrides: list[str]) -> list[str]:
+    # a run's own config.yaml may say where that run lies, which is no part of the experiment
+    return ["run.dir=null", *overrides] if file and (file.parent / "STATUS").exists() else overrides
+
+
+def _start(config, dry: bool) -> int | None:
+    from lbp.launch.one import dry_run, train
+    return dry_run(config) if dry else train(config)
+
+
+def _eval(args, overrides: list[str]) -> None:
+    from lbp.launch.runs import find_run
+    run = find_run(args.run)
+    from lbp.launch.trained import evaluate_run
+    evaluate_run(run, args.split, args.checkpoint, overrides)
+
+
+def _export(args, _) -> None:
+    from lbp.launch.runs import find_run
+    run = find_run(args.run)
+    from lbp.launch.trained import export_run
+    export_run(run, args.checkpoint, args.to)
+
+
+# ---- looking
+
+def _list(args, _) -> None:
+    if args.what and args.what not in LISTS:
+        plural = {kind: kinds for kinds, kind in LISTS.items()}.get(args.what) or knobs.nearest(args.what, LISTS)
+        raise ConfigError(f"{args.what}: no such list; there are: {', '.join(LISTS)}{knobs.did_you_mean(plural)}")
+    for kinds in [args.what] if args.what else LISTS:
+        group = LISTS[kinds]
+        rows = [(name, *_about(group, name)) for name in registry.options(group)]
+        if not args.what:
+            print(f"{kinds} ({group}=)")
+        _table(rows)
+        if not args.what:
+            print()
+
+
+def _about(group: str, name: str) -> list[str]:
+    """What is said of an option in a list: its doc, and for an algo family, paper and facts."""
+    option = registry.option(group, name)
+    if group not in registry.FOLDERS:
+        return [option.doc]
+    try:
+        entry = registry.entry(group, option.name or name)
+    except ConfigError as error:
+        return [f"(cannot be used: {error})"]
+    doc = option.doc or entry.doc.partition("\n")[0]
+    return [doc, *([_facts(entry.facts)] if group == "algo" else [])]
+
+
+def _facts(facts: dict) -> str:
+    """family; paper; the facts that hold."""
+    said = [str(facts[key]) for key in ("family", "paper") if facts.get(key)]
+    return "; ".join(said + [", ".join(key for key, value in facts.items() if value is True)]).removesuffix("; ")
+
+
+def _table(rows: list[tuple[str, ...]]) -> None:
+    """First cells in a column, the others beside them, each on lines of its own; below them where that is too narrow."""
+    width = _width()
+    column = max((len(row[0]) for row in rows), default=0) + 2
+    for first, *cells in rows:
+        indent = column if width - column >= 30 else 2
+        lines = [line for cell in cells if cell for line in textwrap.wrap(cell, max(width - indent, 10), break_on_hyphens=False)]
+        if indent == 2:
+            print(first)
+        for number, line in enumerate(lines or [""]):
+            print(((first if not number and indent == column else "").ljust(indent) + line).rstrip())
+
+
+def _width() -> int:
+    """Of the terminal; lines into a pipe are not broken, unless COLUMNS asks for it."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() or os.environ.get("COLUMNS") else 100_000
+
+
+def _show(args, _) -> None:
+    problems, found = [], []
+    for word in args.what:
+        group, _, name = word.partition("=")
+        group = LISTS.get(group, group)
+        known = {**registry.groups(), "experiment": ""}
+        try:
+            if group not in known:
+                raise ConfigError(f"{word}: no such group; there are: {', '.join(known)}"
+                                  + knobs.did_you_mean(knobs.nearest(group, known)))
+            found.append((group, name or known[group], registry.option(group, name or known[group])))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(*problems)
+    for number, (group, name, option) in enumerate(found):
+        if number:
+            print()
+        if args.yaml:
+            print(option.path.read_text("utf-8").rstrip())
+        else:
+            _show_option(group, name, option)
+
+
+def _show_option(group: str, name: str, option: knobs.Option) -> None:
+    about = [("", option.doc)]
+    if group in registry.FOLDERS:
+        entry = registry.entry(group, option.name or name)
+        about += [("", part) for part in entry.doc.split("\n\n")]
+        about += [(key.replace("_", " "), ("yes" if value else "no") if isinstance(value, bool) else str(value))
+                  for key, value in entry.facts.items()]
+        about += [("source", str(entry.path))]
+    about += [("yaml", str(option.path))]
+    if option.prefers:
+        about += [("prefers", ", ".join(f"{key}={value}" for key, value in option.prefers.items()))]
+    width = min(_width(), 110)
+    print(f"{group}={name}")
+    for key, text in about:
+        text = f"{key}: {text}" if key else text
+        if text:
+            print(textwrap.fill(" ".join(text.split()), width, initial_indent="  ", subsequent_indent="    " if key else "  ",
+                                break_on_hyphens=False, break_long_words=False))
+    if group == "experiment":
+        print(option.path.read_text("utf-8").rstrip())
+    elif option.knobs:
+        print()
+        _table([(f"{group}.{key}={knob.default}", knob.spec, knob.doc) for key, knob in option.knobs.items()])

@@ -1,0 +1,177 @@
+"""Small networks and tasks, and rules built by name with the defaults of their YAML. Everything in float64."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from lbp import registry
+from lbp.archs.network import Layer, Network
+from lbp.datasets.data import Arrays
+from lbp.datasets.task import Task
+from lbp.training.apply import Apply
+from lbp.training.optim import make_optimizers
+
+torch.set_num_threads(1)
+ALGOS = list(registry.options("algo"))
+ARCHS = list(registry.options("arch"))
+CLASSES = 4
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+# ---- configuration
+
+def defaults(group, option):
+    """The option's knobs as Hydra would give them, nested, with `name`."""
+    found = registry.option(group, option)
+    values = {"name": found.name or option}
+    for key, knob in found.knobs.items():
+        *above, last = key.split(".")
+        place = values
+        for part in above:
+            place = place.setdefault(part, {})
+        place[last] = {} if knob.default == "{...}" else yaml.safe_load(knob.default)
+    return values
+
+
+def prefers(algo):
+    """What the algo's YAML chooses for other groups: {"dataset.loss": "mse", ...}."""
+    return {key: yaml.safe_load(value) for key, value in registry.option("algo", algo).prefers.items()}
+
+
+def configuration(algo="bp", arch="mlp", optimizer="adam", schedule="constant", **overrides):
+    """A resolved configuration; overrides are written group__knob=value, algo's preferences apply."""
+    wishes = prefers(algo)
+    optimizer = wishes.pop("optimizer", optimizer)
+    values = {"seed": 0, "plugins": [], "run": {"dir": None, "name": None}, "dataset": {"name": "arrays", "val_size": 0},
+              "arch": defaults("arch", arch), "algo": defaults("algo", algo), "optimizer": defaults("optimizer", optimizer),
+              "schedule": defaults("schedule", schedule), "trainer": defaults("trainer", "default"),
+              "metrics": defaults("metrics", "default")}
+    values["trainer"] |= {"device": "cpu", "epochs": 1, "batch_size": 8}
+    for key, value in (wishes | {key.replace("__", "."): value for key, value in overrides.items()}).items():
+        *above, last = key.split(".")
+        place = values
+        for part in above:
+            place = place[part]
+        if above != ["arch"] or last in place:     # a preference for a knob that this arch lacks
+            place[last] = value
+    return values
+
+
+class Log(list):
+    """A logger that keeps what is written."""
+
+    write = list.append
+
+
+# ---- tasks, networks, rules
+
+def make_task(in_shape=(6,), outputs=CLASSES, loss="cross_entropy", dtype=torch.float64):
+    return Task("classification", tuple(in_shape), outputs, outputs, loss, 0.0, dtype)
+
+
+def regression(in_shape=(6,), outputs=2, dtype=torch.float64):
+    return Task("regression", tuple(in_shape), outputs, None, "mse", 0.0, dtype)
+
+
+def task_of(algo, in_shape=(6,), dtype=torch.float64):
+    """A classification task with the loss that the algo prefers."""
+    return make_task(in_shape, loss=prefers(algo).get("dataset.loss", "cross_entropy"), dtype=dtype)
+
+
+def dense(sizes=(6, 7, 5, 8), outputs=CLASSES, activation=nn.Tanh, norm=None, dropout=0.0):
+    """A network of plain dense Layers fc1, fc2, ... with biases that are not zero."""
+    blocks = {}
+    for i, (a, b) in enumerate(zip(sizes, sizes[1:]), 1):
+        blocks[f"fc{i}"] = Layer(nn.Linear(a, b), norm(b) if norm else None, activation(), dropout)
+    return Network({**blocks, "head": nn.Linear(sizes[-1], outputs)}, sizes[:1]).double()
+
+
+def build(option, network, task, **knobs):
+    """The rule of an algo option with its YAML's defaults, some overridden, on the network's device and dtype."""
+    values = defaults("algo", option)
+    return registry.load("algo", values.pop("name"))(network, task, **{**values, **knobs})
+
+
+def batch(task, n=8):
+    x = torch.randn(n, *task.in_shape, dtype=task.dtype)
+    if task.classes is None:
+        return x, torch.randn(n, task.outputs, dtype=task.dtype)
+    return x, torch.arange(n) % task.classes
+
+
+def arrays(in_shape, n=24, classes=CLASSES):
+    """A made-up data set: images or vectors, with a test split."""
+    x, y = torch.randn(n, *in_shape), torch.arange(n) % classes
+    return Arrays(x, y, x[:8], y[:8], "image" if len(in_shape) == 3 else "vector", [str(c) for c in range(classes)])
+
+
+# ---- learning
+
+def learned(rule, x, y):
+    """(Learned, {parameter name: what the rule left in .grad, all applies together}); nothing is stepped."""
+    found, names = {}, {id(p): name for name, p in rule.named_parameters()}
+    groups = rule.groups()
+
+    def collect(group, loss=None):
+        for p in groups[group]:
+            if p.grad is not None:
+                name = names[id(p)]
+                found[name] = found[name] + p.grad if name in found else p.grad.clone()
+                p.grad = None
+
+    result = rule.learn(x, y, collect)
+    for group in groups:
+        collect(group)
+    return result, found
+
+
+def stepper(rule, optimizer="sgd", clip=None, **settings):
+    """Apply with real optimizers over the rule's groups."""
+    config = {**defaults("optimizer", optimizer), **settings}
+    groups = {name: parameters for name, parameters in rule.groups().items() if parameters}
+    return Apply(groups, make_optimizers(config, groups), clip)
+
+
+def step(rule, apply, x, y, learn=None):
+    """One batch, as the trainer does it."""
+    apply.count = rule.task.count(y)
+    result = (learn or rule.learn)(x, y, apply)
+    apply.finish(result.loss)
+    return result
+
+
+def train(rule, batches, apply=None):
+    """Each phase once over the batches, as the trainer does it."""
+    apply = apply or stepper(rule)
+    results = []
+    for phase in rule.phases():
+        rule.train()
+        if phase.fit:
+            phase.fit(lambda rows: iter(batches))
+        else:
+            results += [step(rule, apply, x, y, phase.learn) for x, y in batches]
+    return results
+
+
+def solves(rule):
+    """Whether the rule learns by `fit` alone."""
+    return all(phase.fit for phase in rule.phases())
+
+
+def tensors(module):
+    """Parameters and buffers, copied."""
+    return {name: t.detach().clone() for name, t in (*module.named_parameters(), *module.named_buffers())}
+
+
+def changed(before, module):
+    """Names of parameters and buffers that are no longer what they were, to the bit."""
+    return {name for name, t in tensors(module).items() if not torch.equal(t, before[name])}

@@ -8,11 +8,18 @@ import sys
 import textwrap
 from pathlib import Path
 
-from lbp import __version__, knobs, registry
+import lbp
+from lbp import knobs, registry
 from lbp.errors import ConfigError, LbpError
 
-LISTS = {"algos": "algo", "datasets": "dataset", "archs": "arch", "optimizers": "optimizer", "schedules": "schedule",
-         "experiments": "experiment"}
+LISTS = {
+    "algos": "algo",
+    "datasets": "dataset",
+    "archs": "arch",
+    "optimizers": "optimizer",
+    "schedules": "schedule",
+    "experiments": "experiment",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,7 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a terminal without our characters is no reason to fail
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # a terminal without our characters is no reason to fail
     try:
         try:
             code = _command(list(argv))
@@ -28,7 +37,9 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.flush()
         return code or 0
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again at its exit
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # else Python complains again at its exit
         return 0
     except KeyboardInterrupt as error:
         return _fail(error, 130, ["interrupted"])
@@ -37,13 +48,20 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if resource := _resource(error):
             return _fail(error, 5, [resource])
-        return _fail(error, 1, [f"a bug in lbp or a plugin: {type(error).__name__}: {error}".splitlines()[0]
-                                + ("" if "--debug" in argv else " (--debug shows the traceback)")])
+        return _fail(
+            error,
+            1,
+            [
+                f"a bug in lbp or a plugin: {type(error).__name__}: {error}".splitlines()[0]
+                + ("" if "--debug" in argv else " (--debug shows the traceback)")
+            ],
+        )
 
 
 def _fail(error: BaseException, code: int, lines: list[str]) -> int:
     if "--debug" in sys.argv:
         import traceback
+
         traceback.print_exception(error)
     for line in [*lines, *getattr(error, "__notes__", [])]:
         print(f"lbp: {line}", file=sys.stderr)
@@ -55,14 +73,18 @@ def _resource(error: Exception) -> str | None:
     names = [kind.__name__ for kind in type(error).__mro__]
     if "MemoryError" in names or "OutOfMemoryError" in names or "DefaultCPUAllocator" in str(error):
         what = str(error).strip().splitlines()
-        return f"out of memory{': ' + what[0] if what else ''}; try a smaller trainer.batch_size, a smaller arch, " \
-               "or trainer.precision=bf16"
+        return (
+            f"out of memory{': ' + what[0] if what else ''}; try a smaller trainer.batch_size or arch, "
+            "or trainer.precision=bf16"
+        )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full{': ' + str(error.filename) if error.filename else ''}; make room, or set run.dir elsewhere"
+        where = f": {error.filename}" if error.filename else ""
+        return f"the disk is full{where}; make room, or set run.dir elsewhere"
     return None
 
 
 # ---- reading the command
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
@@ -70,33 +92,64 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("lbp", description="Learning beyond backprop: experiments with learning rules other than "
-                     "backpropagation.", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-                     epilog="lbp train algo=dfa dataset=digits      one run\n"
-                            "lbp train -m algo=bp,fa,dfa seed=1,2   a sweep\n"
-                            "lbp list algos; lbp show algo=dfa      what there is")
-    parser.add_argument("--version", action="version", version=f"lbp {__version__}")
+    parser = _Parser(
+        "lbp",
+        description="Learning beyond backprop: experiments with learning rules other than backpropagation.",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="lbp train algo=dfa dataset=digits      one run\n"
+        "lbp train -m algo=bp,fa,dfa seed=1,2   a sweep\n"
+        "lbp list algos; lbp show algo=dfa      what there is",
+    )
+    parser.add_argument("--version", action="version", version=f"lbp {lbp.__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     def add(name: str, text: str, usage: str, epilog: str = "") -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False,
-                                      usage=f"lbp {name} {usage}", epilog=epilog,
-                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            allow_abbrev=False,
+            usage=f"lbp {name} {usage}",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+        )
         return command
 
-    train = add("train", "train one run, or a sweep with -m", "[-m] [--dry-run] [--config FILE] [--debug] [key=value ...]",
-                epilog="overrides:\n  group=option and key=value: algo=dfa arch.widths=[512,512] trainer.epochs=10\n"
-                       "  `lbp list` has the options of a group, `lbp show trainer` the keys of one")
-    train.add_argument("-m", "--multirun", action="store_true", help="a sweep over lists: seed=1,2,3 algo=glob(f*) range choice")
-    train.add_argument("--dry-run", action="store_true", help="show the configuration and the network, train nothing")
-    train.add_argument("--config", metavar="FILE", type=Path, help="YAML with overrides, as a run's own config.yaml")
-    evaluate = add("eval", "evaluate a checkpoint of a run", "RUN [--split SPLIT] [--checkpoint WHICH] [key=value ...]")
+    train = add(
+        "train",
+        "train one run, or a sweep with -m",
+        "[-m] [--dry-run] [--config FILE] [--debug] [key=value ...]",
+        epilog="overrides:\n  group=option and key=value: algo=dfa arch.widths=[512,512] trainer.epochs=10\n"
+        "  `lbp list` has the options of a group, `lbp show trainer` the keys of one",
+    )
+    train.add_argument(
+        "-m",
+        "--multirun",
+        action="store_true",
+        help="a sweep over lists: seed=1,2,3 algo=glob(f*) range choice",
+    )
+    train.add_argument(
+        "--dry-run", action="store_true", help="show the configuration and the network, train nothing"
+    )
+    train.add_argument(
+        "--config", metavar="FILE", type=Path, help="YAML with overrides, as a run's own config.yaml"
+    )
+    evaluate = add(
+        "eval", "evaluate a checkpoint of a run", "RUN [--split SPLIT] [--checkpoint WHICH] [key=value ...]"
+    )
     evaluate.add_argument("--split", choices=("test", "val", "train"), default="test")
     rerun = add("rerun", "run the same experiment again", "RUN [key=value ...]")
-    rerun.add_argument("--dry-run", action="store_true", help="show the configuration and the network, train nothing")
-    export = add("export", "write the trained network, loadable without lbp", "RUN [--checkpoint WHICH] [--to PATH]")
+    rerun.add_argument(
+        "--dry-run", action="store_true", help="show the configuration and the network, train nothing"
+    )
+    export = add(
+        "export", "write the trained network, loadable without lbp", "RUN [--checkpoint WHICH] [--to PATH]"
+    )
     export.add_argument("--to", metavar="PATH", type=Path)
     for command in (evaluate, rerun, export):
         command.add_argument("run", metavar="RUN", help="a run's folder, the start of its name, or last")
@@ -118,12 +171,17 @@ def _command(argv: list[str]) -> int | None:
         parser.print_help()
         return 2
     if words and words[0] not in parser.commands:
-        hint = f"; did you mean lbp train {words[0]}?" if "=" in words[0] else \
-            knobs.did_you_mean(knobs.nearest(words[0], parser.commands))
+        hint = (
+            f"; did you mean lbp train {words[0]}?"
+            if "=" in words[0]
+            else knobs.did_you_mean(knobs.nearest(words[0], parser.commands))
+        )
         raise ConfigError(f"{words[0]}: no such command; there are: {', '.join(parser.commands)}{hint}")
     args, overrides = parser.parse_known_args(argv)
     if not args.command:
-        raise ConfigError(f"{' '.join(overrides) or 'nothing to do'}: give a command: {', '.join(parser.commands)}")
+        raise ConfigError(
+            f"{' '.join(overrides) or 'nothing to do'}: give a command: {', '.join(parser.commands)}"
+        )
     overrides = _joined(overrides)
     if overrides and args.command in ("list", "show", "export"):
         raise ConfigError(*(f"{word}: lbp {args.command} takes no such argument" for word in overrides))
@@ -134,7 +192,13 @@ def _joined(words: list[str]) -> list[str]:
     """An unknown flag and its value as one, `--epochs 5` -> `--epochs=5`, for the message about it."""
     joined: list[str] = []
     for word in words:
-        if joined and joined[-1].startswith("-") and "=" not in joined[-1] and "=" not in word and not word.startswith("-"):
+        if (
+            joined
+            and joined[-1].startswith("-")
+            and "=" not in joined[-1]
+            and "=" not in word
+            and not word.startswith("-")
+        ):
             joined[-1] += f"={word}"
         elif word != "--":
             joined.append(word)
@@ -143,8 +207,10 @@ def _joined(words: list[str]) -> list[str]:
 
 # ---- running
 
+
 def _train(args, overrides: list[str]) -> int | None:
     from lbp import config
+
     overrides = _elsewhere(args.config, overrides)
     if not args.multirun:
         return _start(config.compose(overrides, args.config), args.dry_run)
@@ -154,12 +220,14 @@ def _train(args, overrides: list[str]) -> int | None:
             print(f"trial {number}/{len(trials)}: {' '.join(trial)}")
         return 0
     from lbp.launch.sweep import sweep
+
     return sweep(trials, args.config, args.debug)
 
 
 def _rerun(args, overrides: list[str]) -> int | None:
     from lbp import config
     from lbp.launch.runs import find_run
+
     file = find_run(args.run) / "config.yaml"
     return _start(config.compose(_elsewhere(file, overrides), file), args.dry_run)
 
@@ -171,29 +239,39 @@ def _elsewhere(file: Path | None, overrides: list[str]) -> list[str]:
 
 def _start(config, dry: bool) -> int | None:
     from lbp.launch.one import dry_run, train
+
     return dry_run(config) if dry else train(config)
 
 
 def _eval(args, overrides: list[str]) -> None:
     from lbp.launch.runs import find_run
+
     run = find_run(args.run)
     from lbp.launch.trained import evaluate_run
+
     evaluate_run(run, args.split, args.checkpoint, overrides)
 
 
 def _export(args, _) -> None:
     from lbp.launch.runs import find_run
+
     run = find_run(args.run)
     from lbp.launch.trained import export_run
+
     export_run(run, args.checkpoint, args.to)
 
 
 # ---- looking
 
+
 def _list(args, _) -> None:
     if args.what and args.what not in LISTS:
-        plural = {kind: kinds for kinds, kind in LISTS.items()}.get(args.what) or knobs.nearest(args.what, LISTS)
-        raise ConfigError(f"{args.what}: no such list; there are: {', '.join(LISTS)}{knobs.did_you_mean(plural)}")
+        plural = {kind: kinds for kinds, kind in LISTS.items()}.get(args.what) or knobs.nearest(
+            args.what, LISTS
+        )
+        raise ConfigError(
+            f"{args.what}: no such list; there are: {', '.join(LISTS)}{knobs.did_you_mean(plural)}"
+        )
     for kinds in [args.what] if args.what else LISTS:
         group = LISTS[kinds]
         rows = [(name, *_about(group, name)) for name in registry.options(group)]
@@ -220,16 +298,23 @@ def _about(group: str, name: str) -> list[str]:
 def _facts(facts: dict) -> str:
     """family; paper; the facts that hold."""
     said = [str(facts[key]) for key in ("family", "paper") if facts.get(key)]
-    return "; ".join(said + [", ".join(key for key, value in facts.items() if value is True)]).removesuffix("; ")
+    return "; ".join(said + [", ".join(key for key, value in facts.items() if value is True)]).removesuffix(
+        "; "
+    )
 
 
 def _table(rows: list[tuple[str, ...]]) -> None:
-    """First cells in a column, the others beside them, each on lines of its own; below them where that is too narrow."""
+    """First cells in a column, the others beside it or, where that is too narrow, below."""
     width = _width()
     column = max((len(row[0]) for row in rows), default=0) + 2
     for first, *cells in rows:
         indent = column if width - column >= 30 else 2
-        lines = [line for cell in cells if cell for line in textwrap.wrap(cell, max(width - indent, 10), break_on_hyphens=False)]
+        lines = [
+            line
+            for cell in cells
+            if cell
+            for line in textwrap.wrap(cell, max(width - indent, 10), break_on_hyphens=False)
+        ]
         if indent == 2:
             print(first)
         for number, line in enumerate(lines or [""]):
@@ -249,8 +334,10 @@ def _show(args, _) -> None:
         known = {**registry.groups(), "experiment": ""}
         try:
             if group not in known:
-                raise ConfigError(f"{word}: no such group; there are: {', '.join(known)}"
-                                  + knobs.did_you_mean(knobs.nearest(group, known)))
+                raise ConfigError(
+                    f"{word}: no such group; there are: {', '.join(known)}"
+                    + knobs.did_you_mean(knobs.nearest(group, known))
+                )
             found.append((group, name or known[group], registry.option(group, name or known[group])))
         except ConfigError as error:
             problems += error.problems
@@ -270,8 +357,10 @@ def _show_option(group: str, name: str, option: knobs.Option) -> None:
     if group in registry.FOLDERS:
         entry = registry.entry(group, option.name or name)
         about += [("", part) for part in entry.doc.split("\n\n")]
-        about += [(key.replace("_", " "), ("yes" if value else "no") if isinstance(value, bool) else str(value))
-                  for key, value in entry.facts.items()]
+        about += [
+            (key.replace("_", " "), ("yes" if value else "no") if isinstance(value, bool) else str(value))
+            for key, value in entry.facts.items()
+        ]
         about += [("source", str(entry.path))]
     about += [("yaml", str(option.path))]
     if option.prefers:
@@ -281,8 +370,16 @@ def _show_option(group: str, name: str, option: knobs.Option) -> None:
     for key, text in about:
         text = f"{key}: {text}" if key else text
         if text:
-            print(textwrap.fill(" ".join(text.split()), width, initial_indent="  ", subsequent_indent="    " if key else "  ",
-                                break_on_hyphens=False, break_long_words=False))
+            print(
+                textwrap.fill(
+                    " ".join(text.split()),
+                    width,
+                    initial_indent="  ",
+                    subsequent_indent="    " if key else "  ",
+                    break_on_hyphens=False,
+                    break_long_words=False,
+                )
+            )
     if group == "experiment":
         print(option.path.read_text("utf-8").rstrip())
     elif option.knobs:

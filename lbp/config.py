@@ -1,8 +1,8 @@
-"""From what was typed to the values of a run: composed by Hydra, validated against the knobs, all problems told at once.
+"""From what was typed to the values of a run: composed by Hydra, validated against the knobs.
 
-A value comes from the strongest of: typed > the `--config` file > the experiment > the algo's `prefers` > defaults.
-Choosing another option for a group drops what weaker sources said about the old one's knobs. No other file knows Hydra,
-and this one only inside functions.
+A value comes from the strongest of: typed > the `--config` file > the experiment > the algo's `prefers` >
+defaults. Choosing another option for a group drops what weaker sources said about the old one's knobs. No
+other file knows Hydra, and this one only inside functions.
 """
 
 import copy
@@ -24,15 +24,16 @@ ABOUT_DATA = ("dataset", "arch")  # an algo's wishes for these hold for every op
 class Config:
     """A run's configuration: plain values, and how they came about."""
 
-    values: dict[str, Any]                # every group a map with its `name`; seed, plugins, run
-    options: dict[str, str]               # the option chosen in each group, and the experiment if any
+    values: dict[str, Any]  # every group a map with its `name`; seed, plugins, run
+    options: dict[str, str]  # the option chosen in each group, and the experiment if any
     typed: list[str]
-    chosen: list[tuple[str, Any, str]]    # (key, value, "algo=kp"): what the algo's `prefers` decided
+    chosen: list[tuple[str, Any, str]]  # (key, value, "algo=kp"): what the algo's `prefers` decided
     dropped: list[tuple[str, Any, str]] = field(default_factory=list)  # what fell away with another option
 
     def yaml(self) -> str:
         """The values as YAML that `compose([], file=...)` reads back to the same values."""
         from omegaconf import OmegaConf
+
         return OmegaConf.to_yaml(OmegaConf.create(self.values))
 
 
@@ -64,8 +65,15 @@ def compose(overrides: list[str], file: Path | None = None) -> Config:
     if experiment is not None:
         found = _try(problems, registry.option, "experiment", experiment)
         in_experiment = _file_items(found.path, f"experiment={experiment}", problems) if found else []
-    layers = [[i for i in layer if i.key not in ("experiment", "plugins")] for layer in (in_experiment, in_file, typed)]
-    problems += [f"{i}: an experiment cannot have this key" for i in in_experiment if i.key in ("experiment", "plugins")]
+    layers = [
+        [i for i in layer if i.key not in ("experiment", "plugins")]
+        for layer in (in_experiment, in_file, typed)
+    ]
+    problems += [
+        f"{i}: an experiment cannot have this key"
+        for i in in_experiment
+        if i.key in ("experiment", "plugins")
+    ]
     chosen_by: list[dict[str, str]] = []  # for each layer: group -> option, None where it does not exist
     for number, layer in enumerate(layers):
         layers[number], choices = _choices(layer, groups, problems)
@@ -75,7 +83,11 @@ def compose(overrides: list[str], file: Path | None = None) -> Config:
         options.update(choices)
     algo = options["algo"] and _try(problems, registry.option, "algo", options["algo"])
     source = f"algo={options['algo']}"
-    wishes = [Item(k, _yaml(f"v: {v}", source, problems).get("v"), v, source) for k, v in algo.prefers.items()] if algo else []
+    wishes = (
+        [Item(k, _yaml(f"v: {v}", source, problems).get("v"), v, source) for k, v in algo.prefers.items()]
+        if algo
+        else []
+    )
     wished, preferred = _choices(wishes, groups, problems)
     picked = {group for choices in chosen_by for group in choices}
     decided = {g: o for g, o in preferred.items() if g not in picked}
@@ -90,14 +102,18 @@ def compose(overrides: list[str], file: Path | None = None) -> Config:
         elif name:
             options[group] = None
     unknown = {group for group, name in options.items() if name is None}
-    wished = [i for i in wished if (group := i.key.partition(".")[0]) not in picked
-              or (group in ABOUT_DATA and i.key in known and not knobs.check(i.key, i.value, known[i.key].spec))]
+    wished = [
+        i
+        for i in wished
+        if (group := i.key.partition(".")[0]) not in picked
+        or (group in ABOUT_DATA and i.key in known and not knobs.check(i.key, i.value, known[i.key].spec))
+    ]
     dropped = []
     force = {g: preferred.get(g, o) for g, o in groups.items()}
     settings = list(wished)
     for number, layer in enumerate(layers):
         force.update(chosen_by[number])
-        later = {g for choices in chosen_by[number + 1:] for g in choices}
+        later = {g for choices in chosen_by[number + 1 :] for g in choices}
         for item in layer:
             group = item.key.partition(".")[0]
             stale = group in later and options[group] != force[group]
@@ -120,8 +136,12 @@ def compose(overrides: list[str], file: Path | None = None) -> Config:
             node = node.setdefault(part, {})
         node[last] = value
     said = {item.key for layer in layers for item in layer}
-    chosen = [(g, o, source) for g, o in decided.items()] + [(i.key, i.value, source) for i in wished if i.key not in said]
-    config = Config(values, options | ({"experiment": experiment} if experiment else {}), list(overrides), chosen, dropped)
+    chosen = [(g, o, source) for g, o in decided.items()] + [
+        (i.key, i.value, source) for i in wished if i.key not in said
+    ]
+    config = Config(
+        values, options | ({"experiment": experiment} if experiment else {}), list(overrides), chosen, dropped
+    )
     problems = _check(config, known) or _refusals(config, layers[2], chosen_by[2])
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
@@ -129,7 +149,7 @@ def compose(overrides: list[str], file: Path | None = None) -> Config:
 
 
 def grid(overrides: list[str], file: Path | None = None) -> list[list[str]]:
-    """Hydra's sweep grammar (commas, choice, range, glob) spelt out: the overrides of every trial, each validated."""
+    """Hydra's sweep grammar (commas, choice, range, glob) spelt out: every trial's overrides, validated."""
     problems: list[str] = []
     axes = []
     for text in overrides:
@@ -155,9 +175,11 @@ def _try(problems: list[str], function, *args):
 
 # ---- reading what was typed
 
+
 @lru_cache(maxsize=1)
 def _parser():
     from hydra.core.override_parser.overrides_parser import OverridesParser
+
     return OverridesParser.create()
 
 
@@ -165,16 +187,22 @@ def _parse(text: str, problems: list[str]):
     """Hydra's Override, or None and what is wrong."""
     from hydra.core.override_parser.types import OverrideType
     from hydra.errors import HydraException
+
     key = text.partition("=")[0].lstrip("+~")
     if text.startswith("-"):
         name, _, value = text.lstrip("-").partition("=")
-        problems.append(f"{text}: no such flag; options are written key=value, so write {suggest(name)}={value or 'VALUE'}")
+        problems.append(
+            f"{text}: no such flag; options are written key=value: "
+            f"write {suggest(name)}={value or 'VALUE'}"
+        )
     elif text.startswith("~"):
         problems.append(f"{text}: nothing can be deleted from a configuration; set another value")
     elif "=" not in text:
         problems.append(f"{text}: an override is written key=value")
     elif re.match(r"hydra\b", key):
-        problems.append(f"{text}: hydra's own keys have no meaning here; run.dir and run.name say where a run goes")
+        problems.append(
+            f"{text}: hydra's own keys have no meaning here; run.dir and run.name say where a run goes"
+        )
     elif "@" in key:
         problems.append(f"{text}: packages (@) have no meaning here; write group=option")
     elif "${" in text:
@@ -190,7 +218,9 @@ def _parse(text: str, problems: list[str]):
                 return override
         except (HydraException, ValueError, RecursionError) as error:
             why = str(error).strip().splitlines() or [type(error).__name__]
-            problems.append(f"{text}: cannot be read ({why[0]}); quote what has special characters: {key}='\"...\"'")
+            problems.append(
+                f"{text}: cannot be read ({why[0]}); quote what has special characters: {key}='\"...\"'"
+            )
     return None
 
 
@@ -201,8 +231,10 @@ def _items(text: str, problems: list[str]) -> list[Item]:
     key = override.key_or_group.replace("/", ".")
     written = text.partition("=")[2].strip()
     if override.is_sweep_override():
-        problems.append(f"{text}: several values make a sweep, which needs -m; for a list write {key}=[{written}], "
-                        f"for a text {key}='\"{written}\"'")
+        problems.append(
+            f"{text}: several values make a sweep, which needs -m; for a list write {key}=[{written}], "
+            f"for a text {key}='\"{written}\"'"
+        )
         return []
     value = override.value()
     if isinstance(value, str):
@@ -220,6 +252,7 @@ def _axis(override, text: str, problems: list[str]) -> list[str]:
     """The overrides that one override of a sweep stands for."""
     from hydra.core.override_parser.types import Glob
     from hydra.errors import HydraException
+
     if not override.is_sweep_override():
         return [text]
     key = override.key_or_group
@@ -244,11 +277,17 @@ def _axis(override, text: str, problems: list[str]) -> list[str]:
 
 # ---- reading files
 
+
 def _yaml(text: str, source: str, problems: list[str]) -> dict:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
+    from yaml import AliasEvent, YAMLError, parse
+
     try:
+        if any(
+            isinstance(event, AliasEvent) for event in parse(text)
+        ):  # a few of them can stand for gigabytes
+            raise ValueError("aliases (*name) are not allowed")
         node = OmegaConf.create(text)
         values = OmegaConf.to_container(node, resolve=False) if text.strip() else {}
         if not isinstance(values, dict) or (len(values) == 1 and values == {text: None}):
@@ -306,7 +345,10 @@ def _use_plugins(typed: list[Item], in_file: list[Item]) -> None:
 
 # ---- choosing options and setting knobs
 
-def _choices(items: list[Item], groups: dict[str, str], problems: list[str]) -> tuple[list[Item], dict[str, str | None]]:
+
+def _choices(
+    items: list[Item], groups: dict[str, str], problems: list[str]
+) -> tuple[list[Item], dict[str, str | None]]:
     """Part the items into settings of knobs, and the options chosen (None: there is no such option)."""
     settings, choices = [], {}
     for item in items:
@@ -326,7 +368,7 @@ def _choices(items: list[Item], groups: dict[str, str], problems: list[str]) -> 
             settings += [Item(f"{group}.{k}", v, show(v), item.source) for k, v in rest.items()]
             if "name" not in item.value:
                 continue
-            name = _by_registry_name(group, str(name))
+            name = _by_registry_name(group, str(name), rest)
         elif not isinstance(name, str):
             name = item.text
         where = f" (in {item.source})" if item.source else ""
@@ -339,15 +381,24 @@ def _choices(items: list[Item], groups: dict[str, str], problems: list[str]) -> 
     return settings, choices
 
 
-def _by_registry_name(group: str, name: str) -> str:
-    """A map's `name` is an option, or else what an option's class is called."""
+def _by_registry_name(group: str, name: str, rest: dict[str, Any]) -> str:
+    """A map's `name` is an option, or else what an option's class is called; of several presets of one class, the one
+    with the most knobs in common with the rest of the map."""
     known = registry.options(group)
     if name in known:
         return name
-    return next((option for option in known if registry.option(group, option).name == name), name)
+    presets = [option for option in known if registry.option(group, option).name == name]
+
+    def alike(option: str) -> int:
+        own = registry.option(group, option).knobs
+        return sum(key in own and show(value) == own[key].default.strip("'\"") for key, value in rest.items())
+
+    return max(presets, key=alike, default=name)
 
 
-def _assign(item: Item, known: dict[str, knobs.Knob], groups: dict[str, str], problems: list[str]) -> list[tuple[str, Any]]:
+def _assign(
+    item: Item, known: dict[str, knobs.Knob], groups: dict[str, str], problems: list[str]
+) -> list[tuple[str, Any]]:
     """The plain assignments that an item stands for, coerced to what the knobs' specs say."""
     key, value = item.key, item.value
     where = f" (in {item.source})" if item.source else ""
@@ -362,17 +413,22 @@ def _assign(item: Item, known: dict[str, knobs.Knob], groups: dict[str, str], pr
             return []
         return [(key, knobs.coerce(value, known[key].spec, item.text))]
     if key in known:  # like the map around it
-        inside = [_assign(Item(f"{key}.{k}", v, show(v), item.source), known, groups, problems) for k, v in value.items()]
+        inside = [
+            _assign(Item(f"{key}.{k}", v, show(v), item.source), known, groups, problems)
+            for k, v in value.items()
+        ]
         return [(key, {}), *itertools.chain(*inside)]
     around = next((k for k in known if key.startswith(k + ".") and knobs.is_map(known[k].spec)), None)
     if around and known[around].spec.startswith("map like"):
-        sibling = around.rpartition(".")[0] + key[len(around):]
+        sibling = around.rpartition(".")[0] + key[len(around) :]
         if sibling in known and not knobs.is_map(known[sibling].spec):
             problem = knobs.check(key, value, known[sibling].spec, item.text)
             problems += [problem + where] if problem else []
             return [] if problem else [(key, knobs.coerce(value, known[sibling].spec, item.text))]
         near = suggest(sibling, known, None)
-        problems.append(f"{item}: unknown key" + did_you_mean(near and around + near[len(around.rpartition('.')[0]):]))
+        problems.append(
+            f"{item}: unknown key" + did_you_mean(near and around + near[len(around.rpartition(".")[0]) :])
+        )
         return []
     if around:
         return [(key, value)]
@@ -381,17 +437,26 @@ def _assign(item: Item, known: dict[str, knobs.Knob], groups: dict[str, str], pr
             inside = [k for k in known if k.startswith(key + ".")]
             problems.append(f"{item}: {key} is a map of {', '.join(inside)}")
             return []
-        return [x for k, v in value.items() for x in _assign(Item(f"{key}.{k}", v, show(v), item.source), known, groups, problems)]
+        return [
+            x
+            for k, v in value.items()
+            for x in _assign(Item(f"{key}.{k}", v, show(v), item.source), known, groups, problems)
+        ]
     group = key.partition(".")[0]
-    owner = next((g for g in groups if "." not in key and value in registry.options(g)), None) if isinstance(value, str) else None
+    owner = (
+        next((g for g in groups if "." not in key and value in registry.options(g)), None)
+        if isinstance(value, str)
+        else None
+    )
     near = f"{owner}={value}" if owner else suggest(key, known, None)
-    there = [k for k in known if k.startswith(group + ".")] or [*groups, "experiment", *(k for k in known if "." not in k), "run.*"]
+    top = [*groups, "experiment", *(k for k in known if "." not in k), "run.*"]
+    there = [k for k in known if k.startswith(group + ".")] or (["none"] if group in groups else top)
     problems.append(f"{item}: unknown key; there are: {', '.join(there)}{did_you_mean(near)}")
     return []
 
 
 def suggest(key: str, known=None, default: str | None = "") -> str | None:
-    """The known key that a mistyped one most likely stands for; `default` ("": the key itself) where there is none."""
+    """The known key that a mistyped one most likely stands for, else `default` ("": the key itself)."""
     if known is None:
         known = dict(registry.main().knobs)
         for group, option in registry.groups().items():
@@ -406,16 +471,17 @@ def suggest(key: str, known=None, default: str | None = "") -> str | None:
     for word in words:
         leaves.setdefault(word.rpartition(".")[2], []).append(word)
     near = leaf if leaf in leaves else nearest(leaf, leaves)
-    if "." in key and not (near and any(w.startswith(group + ".") for w in leaves[near])):
-        near_key = nearest(key, words)
-        if near_key:
+    here = near and any(word.startswith(group + ".") for word in leaves[near])
+    if "." in key and leaf not in leaves and not here:
+        if near_key := nearest(key, known):
             return near_key
     if near:
         return next((w for w in leaves[near] if w.startswith(group + ".")), leaves[near][0])
-    return nearest(key, words) or (key if default == "" else default)
+    return nearest(key, known if "." in key else words) or (key if default == "" else default)
 
 
 # ---- composing and checking
+
 
 @lru_cache(maxsize=64)
 def _composed(options: tuple[tuple[str, str], ...], of: tuple[registry.Root, ...]) -> dict[str, Any]:
@@ -424,6 +490,7 @@ def _composed(options: tuple[tuple[str, str], ...], of: tuple[registry.Root, ...
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
+
     standard = registry.groups()
     choices = [f"{group}={name}" for group, name in options if standard[group] != name]
     path = [f"file://{root.conf}" for root in of[1:] if root.conf.is_dir()]
@@ -433,7 +500,9 @@ def _composed(options: tuple[tuple[str, str], ...], of: tuple[registry.Root, ...
             node = hydra_compose("config", [*choices, *where])
             return OmegaConf.to_container(node, resolve=True)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"{' '.join(f'{g}={o}' for g, o in options)}: an option's file is broken: {error}") from error
+        raise ConfigError(
+            f"{' '.join(f'{g}={o}' for g, o in options)}: an option's file is broken: {error}"
+        ) from error
 
 
 def _defaults(options: tuple[tuple[str, str], ...], of: tuple[registry.Root, ...]) -> dict[str, Any]:
@@ -456,11 +525,13 @@ def _flat(values: dict, known: dict, prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _check(config: Config, known: dict[str, knobs.Knob]) -> list[str]:
-    """Problems of the composed values, which can only come from an option's own file; makes them what the specs say."""
+    """Problems of the composed values, which only an option's file can cause; coerces them to their specs."""
     problems = []
     for key, value in list(_flat(config.values, known)):
         group, _, rest = key.partition(".")
-        files = f" (in {registry.option(group, config.options[group]).path})" if group in config.options else ""
+        files = (
+            f" (in {registry.option(group, config.options[group]).path})" if group in config.options else ""
+        )
         problems += [problem + files for problem in _forbidden(key, value)]
         if group in config.options and rest == "name":
             continue
@@ -479,7 +550,9 @@ def _check(config: Config, known: dict[str, knobs.Knob]) -> list[str]:
     name, folder = config.values["run"]["name"], config.values["run"]["dir"]
     if name is not None and not slug(name):
         problems.append(f"run.name={name}: needs at least one letter or digit")
-    if folder is not None and (not folder.strip() or "\0" in folder or any(len(p.encode()) > 255 for p in Path(folder).parts)):
+    if folder is not None and (
+        not folder.strip() or "\0" in folder or any(len(p.encode()) > 255 for p in Path(folder).parts)
+    ):
         problems.append(f"run.dir={folder!r}: cannot be a folder")
     return problems
 
@@ -489,15 +562,22 @@ def _refusals(config: Config, typed: list[Item], choices: dict[str, str]) -> lis
     algo = config.values["algo"]["name"]
     if not registry.entry("algo", algo).facts.get("closed_form"):
         return []
-    vain = [str(i) for i in typed if i.key.partition(".")[0] in ("optimizer", "schedule") or i.key == "trainer.epochs"]
+    vain = [
+        str(i)
+        for i in typed
+        if i.key.partition(".")[0] in ("optimizer", "schedule") or i.key == "trainer.epochs"
+    ]
     vain += [f"{group}={choices[group]}" for group in ("optimizer", "schedule") if group in choices]
-    return [f"{text}: algo={config.options['algo']} solves for its weights in closed form and would ignore it; leave it out"
-            for text in vain]
+    return [
+        f"{text}: algo={config.options['algo']} solves in closed form and would ignore it; leave it out"
+        for text in vain
+    ]
 
 
 def slug(text: str, longest: int = 60) -> str:
     """A text made safe as part of a folder's name: letters, digits and `._-`; "" where nothing is left."""
     import unicodedata
+
     plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     return re.sub(r"[^A-Za-z0-9._]+", "-", plain)[:longest].strip("-._")
 
@@ -505,4 +585,5 @@ def slug(text: str, longest: int = 60) -> str:
 def quoted(text: str) -> str:
     """A text as an override's value, whatever is in it."""
     from hydra.core.override_parser.types import Quote, QuotedString
+
     return QuotedString(text, Quote.single).with_quotes()

@@ -1,8 +1,9 @@
 """The knobs of an option, read from the comments of its YAML: `lr: 0.001   # float > 0; learning rate`.
 
-Needs no package, so that `lbp list` and `lbp show` answer at once. A spec is a list of alternatives, ` | ` between them:
-`int`, `float`, `bool`, `str` (numbers may be followed by comparisons: `>= 0 < 1`), `list[SPEC]` (`list[A, B]`: exactly two), `map` (open: any keys),
-`map like ..` (keys and specs of the map around it), or a literal word (`relu`, `null`, `auto`).
+Needs no package, so that `lbp list` and `lbp show` answer at once. A spec is a list of alternatives, ` | `
+between them: `int`, `float`, `bool`, `str` (numbers may be followed by comparisons: `>= 0 < 1`),
+`list[SPEC]` (`list[A, B]`: exactly two), `map` (open: any keys), `map like ..` (keys and specs of the map
+around it), or a literal word (`relu`, `null`, `auto`).
 """
 
 import difflib
@@ -23,7 +24,7 @@ class Knob(NamedTuple):
 
 
 class Option(NamedTuple):
-    """An option file. `knobs` by dotted key, `prefers` choices for other groups, both as the text that stands there."""
+    """An option file: `knobs` by dotted key, `prefers` for other groups, both as the file's own text."""
 
     path: Path
     doc: str
@@ -34,13 +35,15 @@ class Option(NamedTuple):
 
 
 _LINE = re.compile(r"( *)(?:- +)?([\w.-]+) *:(?: +(.*))?$")
-_TAIL = re.compile(r"""((?:[^"'#]|"[^"]*"|'[^']*'|(?<=\S)['"#])*)(?:#\s*(.*))?$""")  # a value, and its comment
+_TAIL = re.compile(
+    r"""((?:[^"'#]|"[^"]*"|'[^']*'|(?<=\S)['"#])*)(?:#\s*(.*))?$"""
+)  # a value, and its comment
 _COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 _YAML_BOOLS = {True: ("on", "yes"), False: ("off", "no")}  # words that YAML reads as a bool
 
 
 def read(path: Path, find: Callable[[str], Path] | None = None) -> Option:
-    """Read an option file with what it inherits; `find` says where an inherited option lies (default: beside it)."""
+    """Read an option file with what it inherits; `find` says where a parent lies (default: beside it)."""
     try:
         lines = Path(path).read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -53,7 +56,9 @@ def read(path: Path, find: Callable[[str], Path] | None = None) -> Option:
         elif doc:
             break
     above: list[tuple[int, str]] = []  # the maps around the line: their indent and key
-    section = closed = None  # a top key that is no knob; the indent of an open map, whose lines are its default
+    section = closed = (
+        None  # a top key that is no knob; the indent of an open map, whose lines are its default
+    )
     for number, line in enumerate(lines):
         bare = line.strip()
         if not bare or bare.startswith("#"):
@@ -85,8 +90,14 @@ def read(path: Path, find: Callable[[str], Path] | None = None) -> Option:
             above = [(i, k) for i, k in above if i < indent]
             dotted = ".".join([k for _, k in above] + [key])
             spec, _, text = (comment or "").partition(";")
-            following = next((x for x in lines[number + 1:] if x.strip() and not x.strip().startswith("#")), "")
-            heading = not value and len(following) - len(following.lstrip()) > indent and not following.strip().startswith("- ")
+            following = next(
+                (x for x in lines[number + 1 :] if x.strip() and not x.strip().startswith("#")), ""
+            )
+            heading = (
+                not value
+                and len(following) - len(following.lstrip()) > indent
+                and not following.strip().startswith("- ")
+            )
             if heading and not comment:
                 above.append((indent, key))
                 continue
@@ -197,7 +208,9 @@ def _coerce(value: Any, alternative: str) -> tuple | None:
             return None
     if isinstance(value, bool):
         return (alternative,) if alternative in _YAML_BOOLS[value] else None
-    return (alternative,) if isinstance(value, (str, int)) and str(value) == alternative.strip("'\"") else None
+    return (
+        (alternative,) if isinstance(value, (str, int)) and str(value) == alternative.strip("'\"") else None
+    )
 
 
 def check(key: str, value: Any, spec: str, text: str | None = None) -> str | None:
@@ -205,8 +218,16 @@ def check(key: str, value: Any, spec: str, text: str | None = None) -> str | Non
     try:
         coerce(value, spec, text)
     except Misfit:
-        near = nearest(value, [a for a in _alternatives(spec) if a.isidentifier()]) if isinstance(value, str) else None
-        return f"{key}={show(value) if text is None else text}: must be {spec.replace('map like ..', 'a map of the keys beside it')}" + did_you_mean(near)
+        near = (
+            nearest(value, [a for a in _alternatives(spec) if a.isidentifier()])
+            if isinstance(value, str)
+            else None
+        )
+        allowed = spec.replace("map like ..", "a map of the keys beside it")
+        return (
+            f"{key}={show(value) if text is None else text}: must be {allowed}"
+            + did_you_mean(near)
+        )
     return None
 
 

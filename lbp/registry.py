@@ -1,9 +1,10 @@
 """What exists, found by reading folders: algos, archs and datasets by their sources, options by their YAMLs.
 
-Nothing is imported for it: sources are read by `ast`. A thing lives in FILE.py and is called like the file, compared in
-lower case without underscores. It is registered iff it is: an algo: a class with a literal `facts = Facts(...)` in its
-body; an arch: a function annotated `-> Network`; a dataset: a function annotated `-> Arrays`. Plugin packages (entry
-points of the group `lbp.plugins`, and those given to `use`) have the same folders: algos, archs, datasets, conf.
+Nothing is imported for it: sources are read by `ast`. A thing lives in FILE.py and is called like the file,
+compared in lower case without underscores. What is registered: of algos, a class with a literal `facts =
+Facts(...)` in its body; of archs, a function annotated `-> Network`; of datasets, a function annotated `->
+Arrays`. Plugin packages (entry points of the group `lbp.plugins`, and those given to `use`) have the same
+folders: algos, archs, datasets, conf.
 """
 
 import ast
@@ -19,7 +20,11 @@ from lbp import knobs
 from lbp.errors import ConfigError
 
 FOLDERS = {"algo": "algos", "arch": "archs", "dataset": "datasets"}
-_MARK = {"algo": "Facts(", "arch": "Network", "dataset": "Arrays"}  # a file without it holds nothing registered
+_MARK = {
+    "algo": "Facts(",
+    "arch": "Network",
+    "dataset": "Arrays",
+}  # a file without it holds nothing registered
 
 
 class Root(NamedTuple):
@@ -42,7 +47,7 @@ _typed: tuple[str, ...] = ()
 
 
 def use(plugins: Iterable[str]) -> None:
-    """Search these packages too, besides those installed with an entry point. Replaces what an earlier call said."""
+    """Search these packages too, besides those with an entry point. Replaces what an earlier call said."""
     global _typed
     roots(tuple(plugins))  # refuses what is no package
     _typed = tuple(plugins)
@@ -51,7 +56,10 @@ def use(plugins: Iterable[str]) -> None:
 @lru_cache(maxsize=None)
 def _roots(plugins: tuple[str, ...], entry_points: tuple[str, ...]) -> tuple[Root, ...]:
     here = Path(__file__).resolve().parent
-    inside, beside = here / "conf", here.parent / "conf"  # a wheel has its conf inside, a checkout beside the package
+    inside, beside = (
+        here / "conf",
+        here.parent / "conf",
+    )  # a wheel has its conf inside, a checkout beside the package
     found = {"lbp": Root("lbp", here, inside if inside.is_dir() else beside)}
     problems = []
     for package in dict.fromkeys(entry_points + plugins):
@@ -59,7 +67,9 @@ def _roots(plugins: tuple[str, ...], entry_points: tuple[str, ...]) -> tuple[Roo
         if folder:
             found.setdefault(package, Root(package, folder, folder / "conf"))
         elif package in plugins:
-            problems.append(f"plugins=[{package}]: no package of this name is installed or lies in {os.getcwd()}")
+            problems.append(
+                f"plugins=[{package}]: no package of this name is installed or lies in {os.getcwd()}"
+            )
     if problems:
         raise ConfigError(*problems)
     return tuple(found.values())
@@ -89,7 +99,9 @@ def _entry_points(path: tuple[str, ...]) -> tuple[str, ...]:
     # importlib.metadata costs 60 ms to import: ask it only where some installed package mentions the group
     for folder in path:
         try:
-            files = [e.path for e in os.scandir(folder or ".") if e.name.endswith((".dist-info", ".egg-info"))]
+            files = [
+                e.path for e in os.scandir(folder or ".") if e.name.endswith((".dist-info", ".egg-info"))
+            ]
         except OSError:
             continue
         for file in files:
@@ -100,11 +112,13 @@ def _entry_points(path: tuple[str, ...]) -> tuple[str, ...]:
             except OSError:
                 continue
             from importlib.metadata import entry_points
+
             return tuple(sorted({e.module for e in entry_points(group="lbp.plugins")}))
     return ()
 
 
 # ---- algos, archs, datasets
+
 
 def _plain(name: str) -> str:
     return name.replace("_", "").lower()
@@ -139,7 +153,15 @@ def _read(kind: str, root: Root, path: Path) -> Entry | None:
         elif not isinstance(node, ast.FunctionDef) or _returns(node) != _MARK[kind]:
             continue
         module = ".".join((root.package, *path.relative_to(root.folder).with_suffix("").parts))
-        return Entry(kind, path.stem, module, node.name, path, ast.get_docstring(node) or ast.get_docstring(tree) or "", facts)
+        return Entry(
+            kind,
+            path.stem,
+            module,
+            node.name,
+            path,
+            ast.get_docstring(node) or ast.get_docstring(tree) or "",
+            facts,
+        )
     return None
 
 
@@ -153,13 +175,19 @@ def _facts(node: ast.ClassDef, path: Path) -> dict[str, Any] | None:
     for line in node.body:
         target = line.targets[0] if isinstance(line, ast.Assign) else getattr(line, "target", None)
         call = getattr(line, "value", None)
-        if getattr(target, "id", "") == "facts" and isinstance(call, ast.Call) and ast.unparse(call.func) == "Facts":
+        if (
+            getattr(target, "id", "") == "facts"
+            and isinstance(call, ast.Call)
+            and ast.unparse(call.func) == "Facts"
+        ):
             try:
                 if call.args:
                     raise ValueError
                 return _usual_facts() | {k.arg: ast.literal_eval(k.value) for k in call.keywords}
             except (ValueError, TypeError):
-                raise ConfigError(f"{path}:{call.lineno}: facts must be keywords with literal values") from None
+                raise ConfigError(
+                    f"{path}:{call.lineno}: facts must be keywords with literal values"
+                ) from None
     return None
 
 
@@ -168,12 +196,15 @@ def _usual_facts() -> dict[str, Any]:
     """The defaults of `Facts`, which a rule need not repeat."""
     tree = ast.parse((Path(__file__).parent / "algos" / "rule.py").read_text("utf-8"))
     facts = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Facts")
-    return {line.target.id: ast.literal_eval(line.value) if line.value else None
-            for line in facts.body if isinstance(line, ast.AnnAssign)}
+    return {
+        line.target.id: ast.literal_eval(line.value) if line.value else None
+        for line in facts.body
+        if isinstance(line, ast.AnnAssign)
+    }
 
 
 def _entries(kind: str, name: str) -> list[Entry]:
-    """Those called so, none, one, or several in a clash; a file that cannot be read is the asker's concern."""
+    """Those called so: none, one, or several in a clash. Raises ConfigError where a file cannot be read."""
     return [e for root, path in _files(kind, roots()).get(name, ()) if (e := _read(kind, root, path))]
 
 
@@ -189,14 +220,16 @@ def names(kind: str) -> list[str]:
 
 
 def entry(kind: str, name: str) -> Entry:
-    """What is called so, or ConfigError with the nearest name, or with both files where two packages claim it."""
+    """What is called so; ConfigError with the nearest name, or with both files of a clash."""
     found = _entries(kind, name)
     if len(found) > 1:
         raise ConfigError(f"{kind} {name!r} stands in two files: " + " and ".join(str(e.path) for e in found))
     if not found:
         known = names(kind)
-        raise ConfigError(f"no {kind} is registered as {name!r}; there are: {', '.join(known) or 'none'}"
-                          + knobs.did_you_mean(knobs.nearest(name, known)))
+        raise ConfigError(
+            f"no {kind} is registered as {name!r}; there are: {', '.join(known) or 'none'}"
+            + knobs.did_you_mean(knobs.nearest(name, known))
+        )
     return found[0]
 
 
@@ -209,8 +242,9 @@ def load(kind: str, name: str) -> Any:
         package = (error.name or "").partition(".")[0]
         if package in {root.package.partition(".")[0] for root in roots()}:
             raise  # ours: a bug, not a missing package
-        raise ConfigError(f"{kind}={name} needs the package {package!r}, which is not installed: pip install {package}") \
-            from error
+        raise ConfigError(
+            f"{kind}={name} needs the package {package!r}, which is not installed: pip install {package}"
+        ) from error
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
         trace = error.__traceback__
         while trace.tb_next:
@@ -218,11 +252,14 @@ def load(kind: str, name: str) -> Any:
         where = Path(trace.tb_frame.f_code.co_filename)
         if any(where.is_relative_to(root.folder) for root in roots()) and not isinstance(error, ImportError):
             raise
-        raise ConfigError(f"{kind}={name}: a package that it needs is broken or does not match the others: "
-                          f"{type(error).__name__}: {error} (in {where})") from error
+        raise ConfigError(
+            f"{kind}={name}: a package that it needs is broken or does not match the others: "
+            f"{type(error).__name__}: {error} (in {where})"
+        ) from error
 
 
 # ---- options
+
 
 @lru_cache(maxsize=None)
 def _options(group: str, of: tuple[Root, ...]) -> dict[str, Path]:
@@ -236,7 +273,7 @@ def _options(group: str, of: tuple[Root, ...]) -> dict[str, Path]:
 
 
 def options(group: str) -> dict[str, Path]:
-    """A group's options and their files, sorted by name, without those that exist to be inherited (`_common`)."""
+    """A group's options and their files, sorted by name, without those made to be inherited (`_common`)."""
     return {name: path for name, path in sorted(_options(group, roots()).items()) if not name.startswith("_")}
 
 
@@ -256,8 +293,10 @@ def option(group: str, name: str) -> knobs.Option:
     """An option's doc, knobs and preferences, or ConfigError with the choices and the nearest one."""
     known = options(group)
     if name not in known:
-        raise ConfigError(f"{group}={name}: no such {group}; there are: {', '.join(known) or 'none'}"
-                          + knobs.did_you_mean(knobs.nearest(str(name), known)))
+        raise ConfigError(
+            f"{group}={name}: no such {group}; there are: {', '.join(known) or 'none'}"
+            + knobs.did_you_mean(knobs.nearest(str(name), known))
+        )
     return _option(group, name, roots())
 
 

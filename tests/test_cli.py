@@ -28,10 +28,10 @@ def elsewhere(tmp_path, monkeypatch):
     registry.use(())
 
 
-def command(*argv, env={}, **more):
+def command(*argv, env=None):
     """`lbp argv` in a process of its own."""
-    return subprocess.run([sys.executable, "-m", "lbp", *argv], capture_output=True, timeout=60, text=True, **more,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)} | env)
+    return subprocess.run([sys.executable, "-m", "lbp", *argv], capture_output=True, timeout=60, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)} | (env or {}))
 
 
 # ---- wrong commands

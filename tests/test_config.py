@@ -367,6 +367,7 @@ WRONG = [  # typed, what the message has
     ("run.name=a=b", "quote"), ("run.name=..", "at least one letter"), ("run.dir=''", "cannot be a folder"),
     ("run.dir=" + "x" * 300, "cannot be a folder"), ("seed=-1", "must be int >= 0"), ("run.name=a\x00b", "cannot be printed"),
     ("run.name=\udcff", "cannot be printed"), ("trainer=default,smoke", "needs -m"), ("experiment=nope", "no such experiment"),
+    ("arch.widths.0=3", "did you mean arch.widths?"), ("algo.lr=1", "did you mean optimizer.lr?"), ("=3", "unknown key"),
     ("prefers={optimizer: sgd}", "unknown key"), ("algo.prefers={optimizer: sgd}", "unknown key"),
 ]
 
@@ -391,6 +392,7 @@ def test_all_problems_are_told_together():
     ("trainer: {epochs: many}", "trainer.epochs=many"), ("trainer: {epoch: 1}", "did you mean trainer.epochs"),
     ("optimizer: {name: adm}", "did you mean adam"), ("optimizer: {name: [1]}", "no such optimizer"), ("algo: bp,fa", "no such algo"),
     ("seed: nan_", "must be int"), ("optimizer.lr: .nan", "must be float"), ("1: 2", "unknown key"),
+    ("a: &a [1, 1]\nb: &b [*a, *a]\n", "aliases"),
 ])
 def test_wrong_files(tmp_path, text, said):
     (tmp_path / "f.yaml").write_text(text)

@@ -352,7 +352,7 @@ def test_weight_transport(name):
         for n in before:
             if ".fc3." not in n:      # the layer above sees other inputs
                 scale = float(before[n].abs().max())
-                torch.testing.assert_close(after[n], before[n], rtol=0, atol=2e-15 * scale, msg=lambda m: f"{n}: {m}")
+                torch.testing.assert_close(after[n], before[n], rtol=0, atol=2e-14 * scale, msg=lambda m: f"{n}: {m}")
     else:       # a unit's own goodness or head sees its scale; the weights above must not reach it at all
         for n in before:
             if ".fc1." in n:

@@ -14,7 +14,7 @@ ALLOWED = {
     "knobs": set(),
     "registry": {"knobs"},
     "config": {"knobs", "registry"},
-    "datasets": set(),
+    "datasets": {"knobs", "registry"},
     "archs": set(),
     "algos": {"archs"},
     "metrics": {"archs"},

@@ -319,14 +319,16 @@ def test_dfa_without_projections_teaches_the_head_alone(kind):
 # ---- Kolen-Pollack
 
 @pytest.mark.parametrize("kind", ["dense", "stride, padding"])
-@pytest.mark.parametrize("settings, clip", [({}, None), ({"momentum": .9}, None), ({"momentum": .9}, .05)],
-                         ids=["plain", "momentum", "clipped"])
-def test_kp_differences_shrink_by_the_decay_alone(kind, settings, clip):
-    """W - B after t steps is (1 - decay)^t of the first one (Akrout et al. 2019, equations 16 and 17)."""
+@pytest.mark.parametrize("optimizer, settings, clip", [("sgd", {}, None), ("sgd", {"momentum": .9}, None),
+                                                       ("sgd", {"momentum": .9}, .05), ("adam", {}, None)],
+                         ids=["plain", "momentum", "clipped", "adam"])
+def test_kp_differences_shrink_by_the_decay_alone(kind, optimizer, settings, clip):
+    """W - B after t steps is (1 - decay)^t of the first one (Akrout et al. 2019, equations 16 and 17), whatever function
+    of the common gradients the steps are."""
     network, decay, steps = NETWORKS[kind](), .01, 12
     task = make_task(network.in_shape)
     rule = build("kp", network, task, decay=decay)
-    apply = stepper(rule, lr=.05, clip=clip, **settings)
+    apply = stepper(rule, optimizer, lr=.05, clip=clip, **settings)
 
     def differences():
         return [(w - b).detach().clone() for w, b in zip(rule.sites.values(), rule.backward_weights, strict=True)]
@@ -726,6 +728,18 @@ def test_ldrl_trains_its_inverses_so_many_times_a_batch(steps):
     rule = build("ldrl", network, task, feedback_steps=steps)
     rule.learn(*batch(task), lambda group, loss=None: seen.append(group))
     assert seen == ["feedback"] * steps
+
+
+def test_ldrl_compares_outputs_under_one_dropout_mask():
+    """f(x + dx) - f(x) is of the size of dx only if one mask made both; the loss per squared noise then hardly depends
+    on the noise, and else grows without bound as it shrinks."""
+    found = []
+    for noise in (1e-3, 1e-6):
+        torch.manual_seed(2)
+        rule = build("ldrl", dense(dropout=.5), make_task(), noise=noise)
+        x, y = batch(rule.task)
+        found.append(float(rule.learn_feedback(x, y, lambda group, loss=None: None).loss))
+    assert found[1] == pytest.approx(found[0], rel=.1)
 
 
 def test_ldrl_takes_every_convolution_of_a_chain():

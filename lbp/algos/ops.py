@@ -171,6 +171,19 @@ def teach(h: Tensor, error: Tensor, projection: Tensor) -> None:
     h.backward((error.to(projection.dtype) @ projection).view(h.shape).to(h.dtype))
 
 
+# Precision -------------------------------------------------------------------------------------------------------
+
+
+def at_least_fp32(h: Tensor) -> Tensor:
+    """Block outputs are bf16 under autocast; sums of squares and small differences of them need more."""
+    return h.float() if h.dtype == torch.bfloat16 else h
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """A context in which nothing is cast down, for differences that bf16 would round away."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 # Stacks of blocks ------------------------------------------------------------------------------------------------
 
 

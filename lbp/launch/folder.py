@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import json
-import re
 import secrets
 import subprocess
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+from lbp.config import Config, slug
 from lbp.errors import ConfigError
 from lbp.logs.jsonl import plain
 from lbp.training.environment import Environment, hardware, versions
 
 
-def create(values: dict[str, Any], options: dict[str, str]) -> Path:
+def create(config: Config) -> Path:
     """A new folder `outputs/DATE/TIME-ALGO-DATASET-sSEED-SUFFIX`, or `run.dir`. Raises ConfigError if that is taken."""
-    run = values["run"]
-    now = datetime.now()
-    name = slug(run["name"]) if run["name"] else slug(f"{options['algo']}-{options['dataset']}")
+    values, run, now = config.values, config.values["run"], datetime.now()
+    name = slug(run["name"] or f"{config.options['algo']}-{config.options['dataset']}")
     folder = Path(run["dir"]) if run["dir"] else (
         Path("outputs") / f"{now:%Y-%m-%d}" / f"{now:%H%M%S}-{name}-s{values['seed']}-{secrets.token_hex(3)}")
     try:
@@ -33,20 +33,10 @@ def create(values: dict[str, Any], options: dict[str, str]) -> Path:
     return folder
 
 
-def slug(text: str) -> str:
-    """`text` as a plain part of a file name. Raises ConfigError if nothing is left of it."""
-    name = re.sub(r"[^A-Za-z0-9._=-]+", "-", text).strip("-.")[:80]
-    if not name:
-        raise ConfigError(f"run.name={text!r}: needs at least one letter or digit")
-    return name
-
-
-def describe(folder: Path, values: dict[str, Any], typed: list[str], environment: Environment) -> None:
+def describe(folder: Path, config: Config, environment: Environment) -> None:
     """Writes config.yaml, overrides.yaml and meta.json."""
-    (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-    (folder / "overrides.yaml").write_text(yaml.safe_dump(typed), encoding="utf-8")
-    import torch
-
+    (folder / "config.yaml").write_text(config.yaml(), encoding="utf-8")
+    (folder / "overrides.yaml").write_text(yaml.safe_dump(config.typed), encoding="utf-8")
     write_json(folder / "meta.json", {
         "versions": versions(), "git": git(), "hardware": hardware(environment.device), "device": str(environment.device),
         "threads": torch.get_num_threads(), "precision": environment.precision,

@@ -50,9 +50,9 @@ def run(config: Config, arrays: Arrays | None = None) -> Result:
     """
     values = config.values
     experiment = build(values, arrays)
-    folder = folders.create(values, config.options)
+    folder = folders.create(config)
     folders.set_status(folder, "running")
-    folders.describe(folder, values, config.typed, experiment.environment)
+    folders.describe(folder, config, experiment.environment)
     trainer, task = values["trainer"], experiment.data.task
     epochs = sum(epochs_of(phase, trainer) for phase in experiment.rule.phases())
     console = Console(folder / "log.txt", epochs, task.metric, experiment.data.val is not None,
@@ -90,10 +90,8 @@ def train(config: Config) -> None:
 
 def dry_run(config: Config) -> None:
     """`lbp train --dry-run`: the resolved configuration and the table of blocks; writes nothing."""
-    import yaml
-
     experiment = build(config.values)
-    say(yaml.safe_dump(config.values, sort_keys=False).rstrip())
+    say(config.yaml().rstrip())
     for line in chosen_lines(config):
         say(line)
     say()
@@ -127,7 +125,8 @@ def chosen_lines(config: Config) -> list[str]:
     by: dict[str, list[str]] = {}
     for key, value, who in config.chosen:
         by.setdefault(who, []).append(f"{key}={value}")
-    return [f"{who} chose {', '.join(what)}" for who, what in by.items()]
+    return [*(f"{who} chose {', '.join(what)}" for who, what in by.items()),
+            *(f"{key}={value} of {source} fell away: it was for another option" for key, value, source in config.dropped)]
 
 
 def result_lines(summary: dict[str, Any], metric: str, folder: Path) -> list[str]:

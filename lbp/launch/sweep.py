@@ -1,4 +1,4 @@
-"""Many runs from one command, one after another, each in a process of its own: what ends one leaves the others alone."""
+"""Many runs from one command, one after another, each in a process that cannot harm the others."""
 
 import os
 import secrets
@@ -14,10 +14,10 @@ from lbp.errors import ConfigError
 
 
 def sweep(trials: list[list[str]], file: Path | None = None, debug: bool = False) -> int:
-    """Run the trials (overrides, validated before); returns the exit code of the command: 1 if any trial failed.
+    """Run the trials (overrides, validated before); returns the command's exit code: 1 if any trial failed.
 
-    The sweep's folder (`outputs/DATE/TIME-sweep-SUFFIX`, or `run.dir`) has a run folder and a log for every trial.
-    Ctrl-C stops after the trial's own handling of it: 130; SIGTERM: 143. Raises ConfigError if the folder is taken.
+    The sweep's folder (`outputs/DATE/TIME-sweep-SUFFIX`, or `run.dir`) has a folder and a log a trial.
+    Ctrl-C stops after the trial's own handling of it: 130; SIGTERM: 143. Raises ConfigError if it is taken.
     """
     folder = _create(compose(trials[0], file).values["run"])
     names = trial_names(trials)
@@ -27,15 +27,31 @@ def sweep(trials: list[list[str]], file: Path | None = None, debug: bool = False
     try:
         for number, (trial, name) in enumerate(zip(trials, names), 1):
             print(f"trial {number}/{len(trials)}: {' '.join(trial)}", flush=True)
-            command = [sys.executable, "-m", "lbp", "train", *(["--config", str(file)] if file else []),
-                       *(["--debug"] if debug else []), *trial, f"run.dir={quoted(str(folder / name))}"]
+            command = [
+                sys.executable,
+                "-m",
+                "lbp",
+                "train",
+                *(["--config", str(file)] if file else []),
+                *(["--debug"] if debug else []),
+                *trial,
+                f"run.dir={quoted(str(folder / name))}",
+            ]
             log = folder / f"{name}.log"
             code, stopped = _run(command, log)
             if code:
                 failed.append((name, _said(code), log))
-                print(f"lbp: trial {number}/{len(trials)} {_said(code)}; its log: {log}", file=sys.stderr, flush=True)
+                print(
+                    f"lbp: trial {number}/{len(trials)} {_said(code)}; its log: {log}",
+                    file=sys.stderr,
+                    flush=True,
+                )
             if stopped:
-                print(f"lbp: sweep stopped, {len(trials) - number} trials not started", file=sys.stderr, flush=True)
+                print(
+                    f"lbp: sweep stopped, {len(trials) - number} trials not started",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 return stopped
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -49,8 +65,10 @@ def trial_names(trials: list[list[str]]) -> list[str]:
     """A folder name for each trial: its number, and what differs between them."""
     digits = len(str(len(trials)))
     varies = [i for i in range(len(trials[0])) if len({trial[i] for trial in trials}) > 1]
-    return ["-".join(filter(None, [f"{number:0{digits}}", slug(" ".join(trial[i].lstrip("+") for i in varies))]))
-            for number, trial in enumerate(trials, 1)]
+    return [
+        "-".join(filter(None, [f"{number:0{digits}}", slug(" ".join(trial[i].lstrip("+") for i in varies))]))
+        for number, trial in enumerate(trials, 1)
+    ]
 
 
 def _create(run: dict) -> Path:
@@ -60,19 +78,31 @@ def _create(run: dict) -> Path:
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
-        raise ConfigError(f"run.dir={folder}: exists already, and nothing is ever overwritten; choose another") from None
+        raise ConfigError(
+            f"run.dir={folder}: exists already, and nothing is ever overwritten; choose another"
+        ) from None
     except OSError as error:
-        raise ConfigError(f"{folder}: the sweep's folder cannot be made ({error.strerror}); set run.dir") from None
+        raise ConfigError(
+            f"{folder}: the sweep's folder cannot be made ({error.strerror}); set run.dir"
+        ) from None
     return folder
 
 
 def _run(command: list[str], log: Path) -> tuple[int, int]:
-    """(exit code, 130 or 143 if the sweep was asked to stop meanwhile). Shows the output and keeps it in `log`."""
+    """(exit code, 130 or 143 if the sweep was asked to stop meanwhile). Output is shown and kept in `log`."""
     stopped = 0
     # a group of its own: the terminal's Ctrl-C reaches the trial once, through us
-    with log.open("wb", buffering=0) as file, subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"}) as child:
+    with (
+        log.open("wb", buffering=0) as file,
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        ) as child,
+    ):
         reader = threading.Thread(target=_copy, args=(child.stdout, file), daemon=True)
         reader.start()
         while True:
@@ -95,7 +125,7 @@ def _run(command: list[str], log: Path) -> tuple[int, int]:
 
 
 def _copy(lines, file) -> None:
-    """To the log and to the screen, for as long as each takes it: a full disk or a closed pipe must not stop a trial."""
+    """To log and screen, as long as each takes it: a full disk or a closed pipe must not stop a trial."""
     for line in lines:
         for write in (file.write, _show):
             try:

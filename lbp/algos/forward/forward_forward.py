@@ -78,11 +78,11 @@ def with_label(x: Tensor, y: Tensor, classes: int) -> Tensor:
 
 def unit_length(h: Tensor) -> Tensor:
     """Each sample divided by the root mean square of its values; the mean stays."""
-    flat = h.flatten(1)
-    return (flat / (flat.float().square().mean(1, keepdim=True).sqrt() + 1e-8).to(h.dtype)).view_as(h)
+    flat = ops.at_least_fp32(h.flatten(1))
+    return (flat / (flat.square().mean(1, keepdim=True).sqrt() + 1e-8)).view_as(h)
 
 
 def goodness_margin(h: Tensor, threshold: float) -> Tensor:
     """(N,): the sum of squared activities less `threshold` for each unit."""
-    flat = h.flatten(1)
-    return (flat.float() if h.dtype == torch.bfloat16 else flat).square().sum(1) - threshold * flat.shape[1]
+    flat = ops.at_least_fp32(h.flatten(1))
+    return flat.square().sum(1) - threshold * flat.shape[1]

@@ -47,26 +47,26 @@ class LDRL(LearningRule):
 
     def learn_feedback(self, x, y, apply):
         with torch.no_grad():
-            values = self._values(x)
+            values = {name: ops.at_least_fp32(h) for name, h in self._values(x).items()}
         return Learned(None, self._train_inverses(values, apply))
 
     def learn(self, x, y, apply):
         values = self._values(x)
-        detached = {name: h.detach() for name, h in values.items()}
+        detached = {name: ops.at_least_fp32(h.detach()) for name, h in values.items()}
         for _ in range(self.feedback_steps):
             feedback_loss = self._train_inverses(detached, apply)
         *hidden, head = values
         out = detached[head]
         error = self.task.error(out, y)
-        with torch.no_grad():
+        with torch.no_grad(), ops.full_precision(x):
             loss = self.task.loss(out, y)
-            targets = {head: (out.float() if out.dtype == torch.bfloat16 else out) - self.beta * error}
+            targets = {head: out - self.beta * error}
             for below, above in reversed(list(zip(values, hidden[1:] + [head]))):
                 g = self.inverses[above]
                 targets[below] = detached[below] + g(targets[above]) - g(detached[above])
         for name, h in values.items():
             # The derivative of |h - t|^2 / (2 beta): backprop's error at the output, close to it below.
-            h.backward(((h.detach() - targets[name]) / self.beta).to(h.dtype))
+            h.backward(((detached[name] - targets[name]) / self.beta).to(h.dtype))
         blocks = {name: {"target_distance": (targets[name] - detached[name]).flatten(1).norm(dim=1).mean()} for name in hidden}
         if self.feedback_steps:
             blocks[head] = {"feedback_loss": feedback_loss / len(x)}
@@ -84,9 +84,10 @@ class LDRL(LearningRule):
         for below, above in zip(values, list(values)[1:]):
             x, y = values[below], values[above]
             dx, dy = self.noise * self.rng.normal(x), self.noise * self.rng.normal(y)
-            with torch.no_grad():
-                moved = self.network.blocks[above](x + dx)
-            loss = loss + difference_reconstruction_loss(self.inverses[above], y, moved, dx, dy).sum() / self.noise**2
+            with ops.full_precision(x):
+                with torch.no_grad():
+                    moved = self.network.blocks[above](x + dx)
+                loss = loss + difference_reconstruction_loss(self.inverses[above], y, moved, dx, dy).sum() / self.noise**2
         loss.backward()
         apply("feedback", loss.detach())
         return loss.detach()
@@ -95,8 +96,7 @@ class LDRL(LearningRule):
 def difference_reconstruction_loss(g, y: Tensor, moved: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
     """-2 <dx, g(f(x+dx)) - g(y)> + |g(y+dy) - g(y)|^2, (N,), for y = f(x) and moved = f(x+dx)."""
     r = g(y)
-    return (-2 * (dx * (g(moved) - r)).flatten(1).sum(1) + (g(y + dy) - r).square().flatten(1).sum(1)).to(
-        torch.float32 if y.dtype == torch.bfloat16 else y.dtype)
+    return -2 * (dx * (g(moved) - r)).flatten(1).sum(1) + (g(y + dy) - r).square().flatten(1).sum(1)
 
 
 def inverse(block: nn.Module, below: tuple[int, ...], above: tuple[int, ...]) -> nn.Module:

@@ -1,0 +1,215 @@
+"""Measuring: what is measured is right, and nothing of the training changes by it."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import (ALGOS, CLASSES, Log, arrays, batch, build, configuration, dense, make_task, prefers, solves, stepper,
+                      task_of, tensors)
+from torch import nn
+
+from lbp.algos.baseline.bp import BP
+from lbp.algos.rule import Learned
+from lbp.archs.network import Network
+from lbp.errors import Refused
+from lbp.metrics.measure import Measure, _activity, _angle, _norm
+from lbp.training import loop
+from lbp.training.setup import build as build_experiment
+
+
+def measured(rule, x, y, learn=None, **settings):
+    """One measured step, as the trainer takes it; (the record, what Measure held)."""
+    apply, measure = stepper(rule, **settings), Measure(rule, rule.task)
+    measure.before(x, y)
+    apply.count, apply.observe = len(x), measure.collect
+    result = (learn or rule.learn)(x, y, apply)
+    apply.finish(result.loss)
+    return measure.record(result.blocks), measure
+
+
+def network_with_everything():
+    return dense((6, 9, 8, 7), activation=nn.ReLU, norm=nn.BatchNorm1d, dropout=.3)
+
+
+@pytest.mark.parametrize("a, b, degrees", [
+    ([3., 0.], [5., 0.], 0), ([1., 0.], [0., 2.], 90), ([1., 1.], [-2., -2.], 180), ([1., 0.], [1., 1.], 45),
+    ([1., 0.], [math.sqrt(3), 1.], 30), ([1., 0.], [1., 1e-9], math.degrees(1e-9)), ([1., 2., 2.], [-1., -2., -2.], 180),
+])
+def test_angles_of_known_vectors(a, b, degrees):
+    a, b = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
+    assert _angle([a], [b]) == pytest.approx(degrees, rel=1e-6, abs=1e-12)
+    assert _angle([a[:1], a[1:]], [b[:1], b[1:]]) == pytest.approx(degrees, rel=1e-6, abs=1e-12)     # several tensors are one vector
+
+
+def test_an_angle_to_nothing_is_undefined_and_norms_are_joint():
+    assert _angle([torch.zeros(2)], [torch.ones(2)]) is None
+    assert _norm([torch.tensor([3.]), torch.tensor([[4.]])]) == pytest.approx(5)
+
+
+def test_activity():
+    h = torch.tensor([[1., 0., 2.], [3., 0., 2.]])
+    found = _activity(h)
+    assert found["activation_mean"] == pytest.approx(8 / 6) and found["activation_std"] == pytest.approx(h.std().item())
+    assert found["dead_fraction"] == pytest.approx(2 / 3)     # two units that do not vary
+    maps = torch.zeros(2, 4, 3, 3)
+    maps[0, 1, 2, 2] = 1
+    assert _activity(maps)["dead_fraction"] == pytest.approx(3 / 4)
+
+
+def test_the_shadow_is_plain_autograd_under_the_same_dropout_mask_and_touches_nothing():
+    network, task = network_with_everything(), make_task()
+    rule = build("dfa", network, task)
+    x, y = batch(task, 16)
+    torch.manual_seed(7)
+    state, before = torch.get_rng_state(), tensors(rule)
+    measure = Measure(rule, task)
+    measure.before(x, y)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(t, before[n]) for n, t in tensors(rule).items())
+    assert all(p.grad is None for p in rule.parameters())
+    loss = F.cross_entropy(network(x), y, reduction="sum")
+    expected = dict(zip((n for n, _ in network.named_parameters()), torch.autograd.grad(loss, list(network.parameters()))))
+    assert set(measure.shadow) == set(expected)
+    assert all(torch.equal(measure.shadow[n], g) for n, g in expected.items())
+
+
+@pytest.mark.parametrize("build_network", [dense, network_with_everything], ids=["plain", "batch norm, dropout"])
+def test_backprop_is_aligned_with_itself(build_network):
+    network, task = build_network(), make_task()
+    x, y = batch(task, 16)
+    gradients = {}
+    torch.manual_seed(3)
+    loss = F.cross_entropy(network(x), y, reduction="mean")
+    for (name, p), g in zip(network.named_parameters(), torch.autograd.grad(loss, list(network.parameters()))):
+        gradients.setdefault(name.split(".")[1], []).append(g)
+    torch.manual_seed(3)
+    record, _ = measured(build("bp", network, task), x, y, lr=.1)
+    assert list(record["layers"]) == list(network.blocks)
+    for block, values in [*record["layers"].items(), ("total", record["total"])]:
+        assert values["alignment_deg"] == 0 and values["alignment_weight_deg"] == 0 and values["alignment_bias_deg"] == 0
+        assert values["grad_norm_ratio"] == 1
+        parts = gradients[block] if block != "total" else [g for gs in gradients.values() for g in gs]
+        expected = math.sqrt(sum(float(g.square().sum()) for g in parts))     # of the mean loss
+        assert values["grad_norm"] == pytest.approx(expected) and values["backprop_grad_norm"] == pytest.approx(expected)
+
+
+def test_values_of_a_layer_by_hand():
+    """fa: alignment from plain autograd, weight norm, update ratio of a plain step, feedback alignment with B."""
+    network, task = dense((6, 7, 5)), make_task()
+    rule = build("fa", network, task)
+    x, y = batch(task)
+    layer, lr = network.blocks["fc1"], .1
+    true = torch.autograd.grad(F.cross_entropy(network(x), y, reduction="sum"), [layer.linear.weight, layer.linear.bias])
+    w = [layer.linear.weight.detach().clone(), layer.linear.bias.detach().clone()]
+    b = rule.blocks_fc2_linear_weight
+    delta2 = (F.softmax(network(x), 1) - F.one_hot(y, CLASSES)) @ rule.blocks_head_weight * (1 - network.blocks["fc2"](network.blocks["fc1"](x)) ** 2)
+    delta1 = (delta2 @ b * (1 - network.blocks["fc1"](x) ** 2)).detach()
+    own = [delta1.T @ x, delta1.sum(0)]
+
+    def flat(tensors):
+        return torch.cat([t.flatten() for t in tensors])
+
+    def degrees(p, q):
+        return math.degrees(math.acos(float(F.cosine_similarity(flat(p), flat(q), dim=0))))
+
+    alignment = degrees(own, true)
+    record, _ = measured(rule, x, y, lr=lr)
+    feedback = degrees([network.blocks["fc2"].linear.weight.detach()], [b])     # as the weights are after the step
+    values = record["layers"]["fc1"]
+    assert values["alignment_deg"] == pytest.approx(alignment, abs=1e-6) and alignment > 1
+    assert values["alignment_weight_deg"] == pytest.approx(degrees(own[:1], true[:1]), abs=1e-6)
+    assert values["alignment_bias_deg"] == pytest.approx(degrees(own[1:], true[1:]), abs=1e-6)
+    assert values["grad_norm"] == pytest.approx(float(flat(own).norm()) / len(x))
+    assert values["grad_norm_ratio"] == pytest.approx(float(flat(own).norm() / flat(true).norm()))
+    assert values["update_ratio"] == pytest.approx(lr * float(flat(own).norm()) / len(x) / float(flat(w).norm()))
+    moved = flat([layer.linear.weight.detach(), layer.linear.bias.detach()])
+    assert values["weight_norm"] == pytest.approx(float(moved.norm()))
+    assert record["layers"]["fc2"]["feedback_alignment_deg"] == pytest.approx(feedback, abs=1e-6)
+    assert "feedback_alignment_deg" not in values     # no feedback stands in for the first weight
+    assert values["activation_mean"] == pytest.approx(float(torch.tanh(x @ w[0].T + w[1]).mean()))
+
+
+class TwoApplies(BP):
+    """Backprop that steps after each half of the batch."""
+
+    def learn(self, x, y, apply):
+        losses = []
+        for rows in (slice(0, 3), slice(3, None)):
+            loss = self.task.loss(self.network(x[rows]), y[rows])
+            loss.sum().backward()
+            apply("forward", loss.detach())
+            losses.append(loss.detach())
+        return Learned(None, torch.cat(losses))
+
+
+def test_several_applies_of_a_batch_are_added_up():
+    network, task = dense(), make_task()
+    record, _ = measured(TwoApplies(network, task), *batch(task), lr=1e-300)     # steps, but to the same weights
+    assert record["total"]["alignment_deg"] < 1e-6 and record["total"]["grad_norm_ratio"] == pytest.approx(1, rel=1e-12)
+
+
+def test_alignment_is_taken_before_clipping():
+    network, task = dense(), make_task()
+    record, _ = measured(build("bp", network, task), *batch(task), clip=1e-6)
+    assert record["total"]["grad_norm_ratio"] == 1
+
+
+def test_what_a_rule_does_not_move_has_no_alignment():
+    network, task = dense(), make_task()
+    record, _ = measured(build("shallow", network, task), *batch(task), lr=.1)
+    assert record["layers"]["head"]["alignment_deg"] == 0
+    for block in network.hidden:
+        assert not {"alignment_deg", "grad_norm", "update_ratio", "backprop_grad_norm"} & set(record["layers"][block])
+        assert record["layers"][block]["weight_norm"] > 0
+
+
+def test_measuring_one_value_warns_of_nothing():
+    """A batch of one sample under a network with one output: the spread of one value is undefined, and left out."""
+    network = Network({"fc1": nn.Linear(6, 5), "head": nn.Linear(5, 1)}, (6,)).double()
+    task = make_task()
+    task = type(task)("regression", (6,), 1, None, "mse", 0.0, torch.float64)
+    record, _ = measured(build("bp", network, task), *batch(task, 1))
+    assert "activation_std" not in record["layers"]["head"]
+
+
+@pytest.mark.parametrize("knobs", [{"norm": "batch", "dropout": .3}, {"dropout": .3}], ids=["batch norm, dropout", "dropout"])
+@pytest.mark.parametrize("name", ALGOS)
+def test_measuring_changes_nothing_of_the_training(name, knobs, tmp_path):
+    ends, data = [], arrays((1, 5, 5))
+    for every in (1, 0):
+        values = configuration(name, "mlp", arch__widths=[9, 8], metrics__every=every, trainer__clip=.5,
+                               **{f"arch__{k}": v for k, v in knobs.items()})
+        try:
+            experiment = build_experiment(values, data)
+        except Refused:
+            pytest.skip(f"{name} takes no {' '.join(knobs)}")
+        log = Log()
+        loop.train(experiment, log, tmp_path / str(every))
+        ends.append(tensors(experiment.rule))
+        per_layer = [record for record in log if "layers" in record]
+        assert bool(per_layer) == (every == 1 and not solves(experiment.rule))
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][n], t) for n, t in ends[1].items())
+
+
+@pytest.mark.parametrize("name", ALGOS)
+def test_every_measured_value_is_a_finite_number(name):
+    task = task_of(name)
+    rule = build(name, dense(), task)
+    if solves(rule):
+        pytest.skip(f"{name} solves: no batch of it is measured")
+    record, _ = measured(rule, *batch(task), lr=.01)
+    assert list(record["layers"]) == list(rule.network.blocks)
+    for values in [*record["layers"].values(), record.get("total", {})]:
+        for key, value in values.items():
+            assert isinstance(value, float) and math.isfinite(value), key
+            assert not key.endswith("_deg") or 0 <= value <= 180
+    assert prefers(name) is not None
+
+
+def test_every_so_many_steps_and_the_first_and_last(tmp_path):
+    values = configuration("bp", "mlp", arch__widths=[5], metrics__every=4, trainer__epochs=2)
+    log = Log()
+    loop.train(build_experiment(values, arrays((1, 5, 5), n=40)), log, tmp_path)      # 5 batches of 8 an epoch
+    assert [r["step"] for r in log if r["split"] == "train"] == [1, 4, 8, 10]

@@ -1,8 +1,14 @@
 """Small networks and tasks, and rules built by name with the defaults of their YAML. Everything in float64."""
 
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# An installed package with a rule of its own: every test over the registries takes it in.
+PLUGIN = str(Path(__file__).parent / "plugin")
+sys.path.append(PLUGIN)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), PLUGIN)))
 
 import pytest
 import torch

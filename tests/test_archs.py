@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from conftest import ALGOS, ARCHS, CLASSES, defaults, make_task, tensors
+from conftest import ARCHS, CLASSES, defaults, make_task, tensors
 from torch import nn
 
 from lbp import registry
@@ -352,4 +352,3 @@ def test_a_network_needs_a_head_and_a_hidden_block():
         Network({"head": nn.Linear(6, 4)}, (6,))
     with pytest.raises(Refused, match="head"):
         Network({"fc1": nn.Linear(6, 4), "last": nn.ReLU()}, (6,))
-    assert ALGOS and ARCHS

@@ -170,7 +170,7 @@ def test_fa_of_linear_convolutions_is_backprop_of_a_network_with_the_feedback_as
     rule = build("fa", network, task)
     x, y = batch(task)
     error = F.one_hot(y, CLASSES) - torch.full((CLASSES,), 1 / CLASSES, dtype=torch.float64)
-    object.__setattr__(rule, "task", LinearLoss(error))
+    rule.task = LinearLoss(error)
     first = "network.blocks.conv1.linear.weight"
     found = learned(rule, x, y)[1][first]
     assert len(rule.sites) == len(layers)       # the weight that takes the input needs no feedback
@@ -642,7 +642,6 @@ def give_transposed_jacobians(rule):
         for name, g in rule.inverses.items():
             block = rule.network.blocks[name]
             g.weight.copy_(getattr(block, "linear", block).weight.T)
-            g.bias.normal_()
 
 
 @pytest.mark.parametrize("beta", [.01, .7])
@@ -730,16 +729,10 @@ def test_ldrl_trains_its_inverses_so_many_times_a_batch(steps):
     assert seen == ["feedback"] * steps
 
 
-def test_ldrl_compares_outputs_under_one_dropout_mask():
-    """f(x + dx) - f(x) is of the size of dx only if one mask made both; the loss per squared noise then hardly depends
-    on the noise, and else grows without bound as it shrinks."""
-    found = []
-    for noise in (1e-3, 1e-6):
-        torch.manual_seed(2)
-        rule = build("ldrl", dense(dropout=.5), make_task(), noise=noise)
-        x, y = batch(rule.task)
-        found.append(float(rule.learn_feedback(x, y, lambda group, loss=None: None).loss))
-    assert found[1] == pytest.approx(found[0], rel=.1)
+def test_ldrl_refuses_dropout():
+    """f(x + dx) - f(x) is of the size of dx only if one mask made both: else the loss per squared noise has no bound."""
+    with pytest.raises(Refused, match="dropout"):
+        build("ldrl", dense(dropout=.5), make_task())
 
 
 def test_ldrl_takes_every_convolution_of_a_chain():

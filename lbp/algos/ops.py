@@ -98,15 +98,22 @@ class BackwardThrough(TorchFunctionMode):
 
 
 class _Record(TorchFunctionMode):
+    """Which tensors serve as weights and whether an error must pass them; which are only added (embeddings)."""
+
+    ADDITIVE = {"add", "add_", "__add__", "__radd__", "__iadd__", "embedding", "expand", "cat"}
+
     def __init__(self):
         super().__init__()
         self.met: dict[int, bool] = {}
+        self.added: set[int] = set()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.linear or func in _CONVOLUTION_GRADIENTS:
             x, weight, *_ = _operands(*args, **kwargs)
             self.met[id(weight)] = self.met.get(id(weight), False) or x.requires_grad
+        elif func.__name__ in self.ADDITIVE:
+            self.added |= {id(a) for a in (*args, *(args[0] if isinstance(args[0], (list, tuple)) else ()))}
         return func(*args, **kwargs)
 
 
@@ -128,7 +135,7 @@ def feedback_sites(network: Network) -> dict[str, nn.Parameter]:
         for module, mode in modes.items():
             module.training = mode
     names = {id(p): name for name, p in network.named_parameters()}
-    unmet = [name for name, p in network.named_parameters() if p.dim() > 1 and id(p) not in record.met]
+    unmet = [name for name, p in network.named_parameters() if p.dim() > 1 and id(p) not in record.met.keys() | record.added]
     if unmet:
         raise Refused(f"{', '.join(unmet)}: no linear or convolution used it in a forward pass, so no feedback can stand "
                       "in for it; write the layer with nn.Linear or nn.Conv (attention: separate projections)")

@@ -17,6 +17,8 @@ def lenet(task, *, widths: list[int], dense: int, activation: str, dense_activat
     if len(task.in_shape) != 3 or min(task.in_shape[1:]) < 28:
         raise Refused(f"arch=lenet takes images of at least 28x28, not inputs of shape {task.in_shape}; "
                       "set dataset.resize=32 for smaller images, or use arch=cnn or arch=mlp")
+    if len(widths) != 3:
+        raise Refused(f"arch.widths={widths}: arch=lenet has three convolutions; give three channel counts, or use arch=cnn")
     channels, height, width = task.in_shape
     pad = 2 if min(height, width) < 32 else 0
     pooling = nn.MaxPool2d if pool == "max" else nn.AvgPool2d
@@ -28,6 +30,9 @@ def lenet(task, *, widths: list[int], dense: int, activation: str, dense_activat
     def side(size: int) -> int:  # of the third convolution's map
         return ((size + 2 * pad - 4) // 2 - 4) // 2 - 4
 
+    if norm == "instance" and side(height) * side(width) == 1:
+        raise Refused(f"arch.norm=instance: arch=lenet's third convolution leaves one position of {height}x{width} images, "
+                      "nothing to normalise over; use none, batch or layer")
     features = widths[2] * side(height) * side(width)
     network = Network({
         "conv1": conv(channels, widths[0], pooling(2), pad),

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import difflib
+import math
+import re
 
 from torch import nn
 
@@ -12,6 +14,11 @@ TOKENS = {
     "dense": "dense:UNITS", "conv": "conv:CHANNELS:KERNEL[:STRIDE[:PADDING]]", "flatten": "flatten",
     "maxpool": "maxpool:SIZE[:STRIDE]", "avgpool": "avgpool:SIZE[:STRIDE]", "norm": "norm:batch|layer|instance",
     "dropout": "dropout:RATE", **{name: name for name in ACTIVATIONS if name != "none"},
+}
+COUNT = "[1-9][0-9]*"
+PATTERNS = {  # what follows the name; nothing where there is no entry
+    "dense": COUNT, "conv": f"{COUNT}:{COUNT}(:{COUNT}(:[0-9]+)?)?", "maxpool": f"{COUNT}(:{COUNT})?",
+    "avgpool": f"{COUNT}(:{COUNT})?", "norm": "batch|layer|instance", "dropout": r"0?\.[0-9]+|0",
 }
 
 
@@ -39,47 +46,35 @@ def stack(task, *, layers: list[str], init: str) -> Network:
 
 def _module(token: str, shape: tuple[int, ...]) -> tuple[nn.Module, tuple[int, ...]]:
     """The module of a token for inputs of `shape`, and the shape that leaves it."""
-    name, *texts = token.split(":")
+    name, *arguments = token.split(":")
     if name not in TOKENS:
         near = difflib.get_close_matches(name, TOKENS, 1)
         raise ConfigError(f"arch.layers: {token}: unknown token; " + (f"did you mean {TOKENS[near[0]]}? " if near else "")
                           + f"allowed: {', '.join(TOKENS.values())}")
-    if name in ACTIVATIONS and not texts:
+    if not re.fullmatch(PATTERNS.get(name, ""), ":".join(arguments)):
+        raise ConfigError(f"arch.layers: {token}: must be written {TOKENS[name]}")
+    if name in ACTIVATIONS:
         return activation(name), shape
-    if name == "flatten" and not texts:
-        size = 1
-        for side in shape:
-            size *= side
-        return nn.Flatten(), (size,)
-    if name == "norm" and texts in (["batch"], ["layer"], ["instance"]):
-        return norm(texts[0], shape[0], len(shape) - 1), shape
-    try:
-        if name == "dropout":
-            (rate,) = map(float, texts)
-            if not 0 <= rate < 1:
-                raise ValueError
-            return nn.Dropout(rate), shape
-        numbers = [int(text) for text in texts]
-        if min(numbers[:-1] + numbers[-1:]) < (0 if len(numbers) == 4 else 1):
-            raise ValueError
-        if name == "dense":
-            (units,) = numbers
-            if len(shape) != 1:
-                raise Refused(f"a dense layer takes vectors, not maps of shape {shape}; put flatten before it")
-            return nn.Linear(shape[0], units), (units,)
-        if name == "conv":
-            channels, kernel, *more = numbers
-            stride, padding = (more + [1, 0][len(more):])[:2] if len(more) < 2 else more
-        else:
-            kernel, *more = numbers
-            (stride,), padding = more or [kernel], 0
-    except (ValueError, IndexError):
-        raise ConfigError(f"arch.layers: {token}: must be written {TOKENS[name]}") from None
+    if name == "flatten":
+        return nn.Flatten(), (math.prod(shape),)
+    if name == "norm":
+        return norm(arguments[0], shape[0], len(shape) - 1), shape
+    if name == "dropout":
+        return nn.Dropout(float(arguments[0])), shape
+    size, *more = map(int, arguments)
+    if name == "dense":
+        if len(shape) != 1:
+            raise Refused(f"a dense layer takes vectors, not maps of shape {shape}; put flatten before it")
+        return nn.Linear(shape[0], size), (size,)
     if len(shape) != 3:
         raise Refused(f"{name} takes maps (channels, height, width), not inputs of shape {shape}")
+    if name == "conv":
+        kernel, stride, padding = (*more, *(1, 0)[len(more) - 1:])
+        module, channels = nn.Conv2d(shape[0], size, kernel, stride, padding), size
+    else:
+        kernel, stride, padding, channels = size, more[0] if more else size, 0, shape[0]
+        module = (nn.MaxPool2d if name == "maxpool" else nn.AvgPool2d)(kernel, stride)
     height, width = ((side + 2 * padding - kernel) // stride + 1 for side in shape[1:])
     if min(height, width) < 1:
         raise Refused(f"a kernel of {kernel} does not fit maps of {shape[1]}x{shape[2]}")
-    if name == "conv":
-        return nn.Conv2d(shape[0], channels, kernel, stride, padding), (channels, height, width)
-    return (nn.MaxPool2d if name == "maxpool" else nn.AvgPool2d)(kernel, stride), (shape[0], height, width)
+    return module, (channels, height, width)

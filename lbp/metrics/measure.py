@@ -109,7 +109,7 @@ def _activity(h: Tensor) -> dict[str, float]:
     units = h.transpose(0, 1).flatten(1) if h.dim() > 1 else h[None]
     dead = (units.amax(1) == units.amin(1)).to(h.dtype).mean()
     return dict(zip(("activation_mean", "activation_std", "dead_fraction"),
-                    torch.stack([h.mean(), h.std(), dead]).tolist()))
+                    torch.stack([h.mean(), h.std(correction=0), dead]).tolist()))
 
 
 def _norm(tensors: list[Tensor]) -> float:

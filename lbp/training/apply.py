@@ -33,22 +33,25 @@ class Apply:
 
     def __call__(self, group: str, loss: Tensor | None = None) -> None:
         moving = [p for p in self.groups[group] if p.grad is not None]
-        if not moving:
-            return
+        if not moving or not self.count:
+            return self.clear()
         # The mean of the loss is finite just when every value is; of a NaN batch no gradient need be looked at.
         tested = loss if loss is not None else torch.stack([p.grad.sum() for p in moving])
-        if not tested.sum().isfinite():
-            self.clear()
-            raise Diverged(f"the {'loss' if loss is not None else 'update'} of group {group!r} became non-finite")
+        self._guard(group, "loss" if loss is not None else "update", tested.sum())
         if self.observe:
             self.observe(moving)
         for p in moving:
             p.grad.div_(self.count)
         if self.clip:
-            torch.nn.utils.clip_grad_norm_(moving, self.clip)
+            self._guard(group, "update", torch.nn.utils.clip_grad_norm_(moving, self.clip))
         self.optimizers[group].step()
         for p in moving:
             p.grad = None
+
+    def _guard(self, group: str, what: str, value: Tensor) -> None:
+        if not value.isfinite():
+            self.clear()
+            raise Diverged(f"the {what} of group {group!r} became non-finite; lower optimizer.lr, or set trainer.clip")
 
     def learning_rates(self, factor: float) -> None:
         """Sets every learning rate to `factor` times what its optimizer began with."""

@@ -40,7 +40,7 @@ def schedule(config: Mapping, steps_per_epoch: int, total_steps: int) -> Callabl
     warmup = config["warmup_epochs"] * steps_per_epoch
 
     def factor(step: int) -> float:
-        epoch = step / steps_per_epoch
+        epoch = step / steps_per_epoch + 1e-9  # so that 3 * 0.1 epochs are reached at 0.3
         ramp = min(1.0, (step + 1) / warmup) if warmup else 1.0
         if config["name"] == "step":
             return ramp * config["gamma"] ** int(epoch // config["step_epochs"])

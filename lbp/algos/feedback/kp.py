@@ -40,9 +40,9 @@ class KP(LearningRule):
         if self.decay:
             with torch.no_grad():
                 # A batch that will be refused must not move weights either.
-                factor = torch.where(loss.sum().isfinite(), 1 - self.decay, 1.0)
+                finite = loss.sum().isfinite()
                 for weight in (*self.sites.values(), *self.backward_weights):
-                    weight.mul_(factor)
+                    weight.mul_(1 - self.decay * finite.to(weight.dtype))
         return Learned(out.detach(), loss.detach())
 
     def feedback(self):

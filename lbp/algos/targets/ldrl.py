@@ -32,6 +32,9 @@ class LDRL(LearningRule):
             if isinstance(layer.norm, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 raise Refused(f"algo=ldrl runs a block on noisy inputs too, and block {name}'s batch norm would mix their "
                               "statistics; use arch.norm=none or layer")
+            if isinstance(layer.dropout, nn.Dropout) and layer.dropout.p:
+                raise Refused(f"algo=ldrl compares a block's outputs for two inputs, and block {name}'s dropout would drop "
+                              "other units for each; use arch.dropout=0")
         names, weight = list(network.blocks), network.head.weight
         self.inverses = nn.ModuleDict({
             above: inverse(network.blocks[above], network.shapes[below], network.shapes[above])
@@ -104,7 +107,7 @@ def inverse(block: nn.Module, below: tuple[int, ...], above: tuple[int, ...]) ->
     if isinstance(block, Layer) and isinstance(block.linear, nn.Conv2d):
         return InverseConvolution(block.linear, below, above)
     size = torch.Size(below).numel()
-    flat = nn.Linear(torch.Size(above).numel(), size)
+    flat = nn.Linear(torch.Size(above).numel(), size, bias=False)  # a bias would cancel in every difference
     return flat if len(below) == 1 else nn.Sequential(flat, nn.Unflatten(1, below))
 
 
@@ -114,16 +117,19 @@ class InverseConvolution(nn.Module):
     def __init__(self, conv: nn.Conv2d, below: tuple[int, ...], above: tuple[int, ...]):
         super().__init__()
         self.below = below[1:]
-        self.mapped = tuple((side + 2 * p - d * (k - 1) - 1) // s + 1 for side, p, d, k, s in zip(
-            self.below, conv.padding, conv.dilation, conv.kernel_size, conv.stride))
+        with torch.no_grad():
+            self.mapped = tuple(conv(conv.weight.new_zeros(1, *below)).shape[2:])
+        padding = conv.padding
+        if isinstance(padding, str):
+            padding = [d * (k - 1) // 2 if padding == "same" else 0 for d, k in zip(conv.dilation, conv.kernel_size)]
         positions = torch.Size(above).numel() // conv.out_channels
         shrink = max(1, round((self.mapped[0] * self.mapped[1] / positions) ** 0.5))
         self.pooled = (conv.out_channels, self.mapped[0] // shrink, self.mapped[1] // shrink)
         if torch.Size(self.pooled).numel() != torch.Size(above).numel():
             raise Refused(f"algo=ldrl cannot undo the pooling of {conv.out_channels}x{self.mapped} to {above}; "
                           "pool by whole numbers, alike in both directions")
-        self.conv = nn.ConvTranspose2d(conv.out_channels, conv.in_channels, conv.kernel_size, conv.stride, conv.padding,
-                                       groups=conv.groups, dilation=conv.dilation)
+        self.conv = nn.ConvTranspose2d(conv.out_channels, conv.in_channels, conv.kernel_size, conv.stride, padding,
+                                       groups=conv.groups, bias=False, dilation=conv.dilation)
 
     def forward(self, y: Tensor) -> Tensor:
         y = F.interpolate(y.reshape(len(y), *self.pooled), self.mapped)

@@ -1,0 +1,34 @@
+"""Every rule learns real digits, beats chance, and by five points the control whose hidden layers stay random."""
+
+from functools import cache
+
+import pytest
+
+import lbp
+from lbp import registry
+
+SETTING = ("dataset=mnist5k", "trainer.batch_size=32", "metrics.every=200", "logger.console=off")
+
+
+@cache
+def summary(algo: str, folder: str) -> dict:
+    epochs = () if registry.entry("algo", registry.option("algo", algo).name).facts["closed_form"] else ("trainer.epochs=10",)
+    return lbp.run(*SETTING, f"algo={algo}", *epochs, f"run.dir={folder}/{algo}").summary
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.mark.parametrize("algo", [a for a in registry.options("algo") if a != "shallow"])
+def test_it_learns_and_beats_frozen_hidden_layers(algo, folder):
+    control = summary("shallow", folder)["test_accuracy"]
+    assert 0.5 < control < 0.85  # well above chance: the control is one
+    assert summary(algo, folder)["test_accuracy"] >= control + 0.05
+
+
+@pytest.mark.parametrize("algo", ["fa", "dfa", "kp", "local", "ldrl"])
+def test_hidden_layers_come_to_follow_backprop(algo, folder):
+    layers = summary(algo, folder)["layers"]
+    assert all(layers[name]["alignment_deg"] < 85 for name in ("fc1", "fc2")), layers

@@ -14,7 +14,7 @@ from lbp.algos.baseline.bp import BP
 from lbp.algos.rule import Learned
 from lbp.archs.network import Network
 from lbp.errors import Refused
-from lbp.metrics.measure import Measure, _activity, _angle, _norm
+from lbp.metrics.measure import Measure, _activity, angle, joint, norm, products_of
 from lbp.training import loop
 from lbp.training.setup import build as build_experiment
 
@@ -39,13 +39,14 @@ def network_with_everything():
 ])
 def test_angles_of_known_vectors(a, b, degrees):
     a, b = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
-    assert _angle([a], [b]) == pytest.approx(degrees, rel=1e-6, abs=1e-12)
-    assert _angle([a[:1], a[1:]], [b[:1], b[1:]]) == pytest.approx(degrees, rel=1e-6, abs=1e-12)     # several tensors are one vector
+    assert angle(products_of(a, b)) == pytest.approx(degrees, rel=1e-6, abs=1e-12)
+    several = joint([products_of(a[:1], b[:1]), products_of(a[1:], b[1:])])      # several tensors are one vector
+    assert angle(several) == pytest.approx(degrees, abs=1e-6)
 
 
 def test_an_angle_to_nothing_is_undefined_and_norms_are_joint():
-    assert _angle([torch.zeros(2)], [torch.ones(2)]) is None
-    assert _norm([torch.tensor([3.]), torch.tensor([[4.]])]) == pytest.approx(5)
+    assert angle(products_of(torch.zeros(2), torch.ones(2))) is None
+    assert norm([torch.tensor([3.]), torch.tensor([[4.]])]) == pytest.approx(5)
 
 
 def test_activity():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,39 +43,41 @@ class Measure:
         """{"layers": {block: {metric: value}}, "total": {metric: value}}: angles in degrees, norms of gradients that are
         averaged over targets. What is undefined is absent."""
         feedback = self.rule.feedback()
+        products = {name: products_of(left, self.shadow[name]) for name, left in self.left.items()}
         members: dict[str, list[str]] = {name: [] for name in self.network.blocks}
         for name in self.parameters:
             members[block_of(name)].append(name)
         layers = {}
         for block, names in members.items():
             values = dict(self.activations[block])
-            values["weight_norm"] = _norm([self.parameters[n] for n in names])
-            values.update(self._compared(names))
-            moved = _norm([self.parameters[n].detach() - self.weights[n] for n in names])
-            if moved:
-                values["update_ratio"] = moved / max(_norm([self.weights[n] for n in names]), 1e-30)
+            values["weight_norm"] = norm([self.parameters[n] for n in names])
+            values.update(self._compared(products, names))
+            before = [self.weights.pop(n) for n in names]
+            size = norm(before)
+            moved = norm([weight.sub_(self.parameters[n].detach()) for n, weight in zip(names, before)])
+            if moved and size:
+                values["update_ratio"] = moved / size
             if block in feedback:
-                w, b = feedback[block]
-                values["feedback_alignment_deg"] = _angle([w], [b])
+                values["feedback_alignment_deg"] = angle(products_of(*feedback[block]))
             values.update({key: float(value) for key, value in blocks.get(block, {}).items()})
             layers[block] = {key: value for key, value in values.items() if value is not None and math.isfinite(value)}
-        total = {key: value for key, value in self._compared(list(self.parameters)).items() if value is not None}
+        total = {key: value for key, value in self._compared(products, list(self.parameters)).items() if value is not None}
         return {"layers": layers, **({"total": total} if total else {})}
 
-    def _compared(self, names: list[str]) -> dict[str, float | None]:
+    def _compared(self, products: dict[str, Products], names: list[str]) -> dict[str, float | None]:
         """The rule's update beside backprop's gradient, over the parameters that the rule moved."""
-        moved = [n for n in names if n in self.left]
+        moved = {name: products[name] for name in names if name in products}
         if not moved:
             return {}
-        rule, shadow = [self.left[n] for n in moved], [self.shadow[n] for n in moved]
-        norm, reference = _norm(rule) / self.count, _norm(shadow) / self.count
-        values = {"alignment_deg": _angle(rule, shadow), "grad_norm": norm, "backprop_grad_norm": reference}
+        together = joint(moved.values())
+        rule, reference = math.sqrt(together.left) / self.count, math.sqrt(together.right) / self.count
+        values = {"alignment_deg": angle(together), "grad_norm": rule, "backprop_grad_norm": reference}
         if reference:
-            values["grad_norm_ratio"] = norm / reference
+            values["grad_norm_ratio"] = rule / reference
         for kind in ("weight", "bias"):
-            part = [n for n in moved if n.endswith(f".{kind}")]
+            part = [product for name, product in moved.items() if name.endswith(f".{kind}")]
             if part:
-                values[f"alignment_{kind}_deg"] = _angle([self.left[n] for n in part], [self.shadow[n] for n in part])
+                values[f"alignment_{kind}_deg"] = angle(joint(part))
         return values
 
     def _backprop(self, x: Tensor, y: Tensor):
@@ -112,18 +116,40 @@ def _activity(h: Tensor) -> dict[str, float]:
                     torch.stack([h.mean(), h.std(correction=0), dead]).tolist()))
 
 
-def _norm(tensors: list[Tensor]) -> float:
-    return float(torch.stack([t.detach().double().square().sum() for t in tensors]).sum().sqrt()) if tensors else 0.0
+def norm(tensors: list[Tensor]) -> float:
+    """The length of several tensors as one vector."""
+    return math.sqrt(sum(float(torch.linalg.vector_norm(t.detach())) ** 2 for t in tensors))
 
 
-def _angle(left: list[Tensor], right: list[Tensor]) -> float | None:
-    """The angle in degrees between two lists of tensors, each as one vector; None where one of them is zero.
+class Products(NamedTuple):
+    """What an angle needs of two vectors a and b, each part adding up over vectors laid end to end:
+    |a|^2, |b|^2, |a||b|, and |a||b| |a/|a| - b/|b||^2, which unlike a scalar product is exact where they are alike."""
 
-    By the half-angle form, exact also near 0, where the arc cosine is not."""
-    a = torch.cat([t.detach().double().flatten() for t in left])
-    b = torch.cat([t.detach().double().flatten() for t in right])
-    na, nb = a.norm(), b.norm()
-    if not na or not nb:
+    left: float
+    right: float
+    lengths: float
+    apart: float
+
+
+def products_of(left: Tensor, right: Tensor) -> Products:
+    """Few passes over the memory: this runs over every weight."""
+    left, right = left.detach(), right.detach()
+    a, b = float(torch.linalg.vector_norm(left)), float(torch.linalg.vector_norm(right))
+    if not a or not b:
+        return Products(a * a, b * b, 0.0, 0.0)
+    apart = float(torch.linalg.vector_norm(torch.sub(left, right, alpha=a / b))) / a
+    return Products(a * a, b * b, a * b, a * b * apart * apart)
+
+
+def joint(products: Iterable[Products]) -> Products:
+    """The products of vectors laid end to end."""
+    return Products(*(math.fsum(part) for part in zip(*products)))
+
+
+def angle(products: Products) -> float | None:
+    """In degrees, by half of it, whose sine is exact near 0; None where one of the two vectors is zero."""
+    length = math.sqrt(products.left * products.right)
+    if not length:
         return None
-    a, b = a / na, b / nb
-    return math.degrees(2 * math.atan2(float((a - b).norm()), float((a + b).norm())))
+    gap = 2 * (length - products.lengths) + products.apart  # 2 |a||b| (1 - cos)
+    return math.degrees(2 * math.asin(math.sqrt(min(1.0, max(0.0, gap / (4 * length))))))

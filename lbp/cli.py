@@ -155,8 +155,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("run", metavar="RUN", help="a run's folder, the start of its name, or last")
     for command in (evaluate, export):
         command.add_argument("--checkpoint", choices=("last", "best"), default="last")
-    listing = add("list", "list what there is", f"[{' | '.join(LISTS)}]")
+    listing = add("list", "list what there is", f"[{' | '.join(LISTS)}] [--matrix]")
     listing.add_argument("what", nargs="?", metavar="WHAT")
+    listing.add_argument("--matrix", action="store_true", help="which algo trains which arch, found by trying")
     show = add("show", "show an option: doc, paper, knobs and defaults", "[--yaml] GROUP=OPTION ...")
     show.add_argument("what", nargs="+", metavar="GROUP=OPTION")
     show.add_argument("--yaml", action="store_true", help="its YAML file")
@@ -265,6 +266,11 @@ def _export(args, _) -> None:
 
 
 def _list(args, _) -> None:
+    if args.matrix:
+        from lbp.launch.matrix import lines
+
+        print("\n".join(lines()))
+        return
     if args.what and args.what not in LISTS:
         plural = {kind: kinds for kinds, kind in LISTS.items()}.get(args.what) or knobs.nearest(
             args.what, LISTS

@@ -17,6 +17,7 @@ from lbp import knobs, registry
 from lbp.errors import ConfigError
 from lbp.knobs import did_you_mean, nearest, show
 
+GRADUAL = tuple(f"trainer.{key}" for key in ("epochs", "batch_size", "clip", "patience"))  # nothing to who solves
 ABOUT_DATA = ("dataset", "arch")  # an algo's wishes for these hold for every option that has the knob
 
 
@@ -55,78 +56,21 @@ def compose(overrides: list[str], file: Path | None = None) -> Config:
     typed = [item for text in overrides for item in _items(text, problems)]
     in_file = _file_items(Path(file), str(file), problems) if file else []
     _use_plugins(typed, in_file)
-
-    # the options, from the strongest source that names one
-    groups = registry.groups()
-    experiment, in_experiment = None, []
-    for item in in_file + typed:
-        if item.key == "experiment":
-            experiment = item.value
-    if experiment is not None:
-        found = _try(problems, registry.option, "experiment", experiment)
-        in_experiment = _file_items(found.path, f"experiment={experiment}", problems) if found else []
-    layers = [
-        [i for i in layer if i.key not in ("experiment", "plugins")]
-        for layer in (in_experiment, in_file, typed)
+    experiment, layers = _layers(typed, in_file, problems)
+    chosen = [_choices(layer, registry.groups(), problems) for layer in layers]  # for each layer: settings, options
+    options, wishes, decided = _options([picks for _, picks in chosen], problems)
+    known = _known(options, problems)
+    wishes = [item for item in wishes if _still_wished(item, chosen, known)]
+    settings, dropped = _settings(wishes, chosen, options, decided)
+    assignments = [
+        assignment
+        for item in settings
+        if options.get(item.key.partition(".")[0], "") is not None  # of no option nothing more need be said
+        for assignment in _assign(item, known, registry.groups(), problems)
     ]
-    problems += [
-        f"{i}: an experiment cannot have this key"
-        for i in in_experiment
-        if i.key in ("experiment", "plugins")
-    ]
-    chosen_by: list[dict[str, str]] = []  # for each layer: group -> option, None where it does not exist
-    for number, layer in enumerate(layers):
-        layers[number], choices = _choices(layer, groups, problems)
-        chosen_by.append(choices)
-    options = dict(groups)
-    for choices in chosen_by:
-        options.update(choices)
-    algo = options["algo"] and _try(problems, registry.option, "algo", options["algo"])
-    source = f"algo={options['algo']}"
-    wishes = (
-        [Item(k, _yaml(f"v: {v}", source, problems).get("v"), v, source) for k, v in algo.prefers.items()]
-        if algo
-        else []
-    )
-    wished, preferred = _choices(wishes, groups, problems)
-    picked = {group for choices in chosen_by for group in choices}
-    decided = {g: o for g, o in preferred.items() if g not in picked}
-    options.update(decided)
-
-    # the knobs of these options, and the settings that still concern them
-    known = {**registry.main().knobs}
-    for group, name in options.items():
-        option = name and _try(problems, registry.option, group, name)
-        if option:
-            known |= {f"{group}.{key}": knob for key, knob in option.knobs.items()}
-        elif name:
-            options[group] = None
-    unknown = {group for group, name in options.items() if name is None}
-    wished = [
-        i
-        for i in wished
-        if (group := i.key.partition(".")[0]) not in picked
-        or (group in ABOUT_DATA and i.key in known and not knobs.check(i.key, i.value, known[i.key].spec))
-    ]
-    dropped = []
-    force = {g: preferred.get(g, o) for g, o in groups.items()}
-    settings = list(wished)
-    for number, layer in enumerate(layers):
-        force.update(chosen_by[number])
-        later = {g for choices in chosen_by[number + 1 :] for g in choices}
-        for item in layer:
-            group = item.key.partition(".")[0]
-            stale = group in later and options[group] != force[group]
-            dropped += [(item.key, item.value, item.source)] if stale else []
-            settings += [] if stale else [item]
-    assignments = []
-    for item in settings:
-        if item.key.partition(".")[0] not in unknown:
-            assignments += _assign(item, known, groups, problems)
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
 
-    # the values
     values = _defaults(tuple(options.items()), registry.roots())
     plugins = next((i for layer in (typed, in_file) for i in reversed(layer) if i.key == "plugins"), None)
     for key, value in [*assignments, *([("plugins", plugins.value)] if plugins else [])]:
@@ -135,17 +79,90 @@ def compose(overrides: list[str], file: Path | None = None) -> Config:
         for part in path:
             node = node.setdefault(part, {})
         node[last] = value
-    said = {item.key for layer in layers for item in layer}
-    chosen = [(g, o, source) for g, o in decided.items()] + [
-        (i.key, i.value, source) for i in wished if i.key not in said
-    ]
-    config = Config(
-        values, options | ({"experiment": experiment} if experiment else {}), list(overrides), chosen, dropped
-    )
-    problems = _check(config, known) or _refusals(config, layers[2], chosen_by[2])
+    said = {item.key for items, _ in chosen for item in items}
+    source = f"algo={options['algo']}"
+    by_algo = [(group, option, source) for group, option in decided.items()]
+    by_algo += [(item.key, item.value, source) for item in wishes if item.key not in said]
+    if experiment:
+        options["experiment"] = experiment
+    config = Config(values, options, list(overrides), by_algo, [(i.key, i.value, i.source) for i in dropped])
+    problems = _check(config, known) or _refusals(config, *chosen[-1])
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
     return config
+
+
+def _layers(
+    typed: list[Item], in_file: list[Item], problems: list[str]
+) -> tuple[str | None, list[list[Item]]]:
+    """The experiment's name, and what was said by it, by the file, by the command line: the strongest last."""
+    experiment = next((i.value for i in reversed(in_file + typed) if i.key == "experiment"), None)
+    in_experiment: list[Item] = []
+    if experiment is not None:
+        found = _try(problems, registry.option, "experiment", experiment)
+        in_experiment = _file_items(found.path, f"experiment={experiment}", problems) if found else []
+    apart = ("experiment", "plugins")
+    problems += [f"{i}: an experiment cannot have this key" for i in in_experiment if i.key in apart]
+    return experiment, [
+        [i for i in layer if i.key not in apart] for layer in (in_experiment, in_file, typed)
+    ]
+
+
+def _options(
+    picks: list[dict[str, str | None]], problems: list[str]
+) -> tuple[dict[str, str | None], list[Item], dict[str, str | None]]:
+    """The option of every group, what the algo wishes for their knobs, and the options that the algo decided."""
+    options: dict[str, str | None] = dict(registry.groups())
+    for picked in picks:
+        options |= picked
+    algo = options["algo"] and _try(problems, registry.option, "algo", options["algo"])
+    source = f"algo={options['algo']}"
+    wishes = [
+        Item(key, _yaml(f"v: {text}", source, problems).get("v"), text, source)
+        for key, text in (algo.prefers.items() if algo else ())
+    ]
+    wishes, preferred = _choices(wishes, registry.groups(), problems)
+    decided = {group: option for group, option in preferred.items() if not any(group in p for p in picks)}
+    return options | decided, wishes, decided
+
+
+def _known(options: dict[str, str | None], problems: list[str]) -> dict[str, knobs.Knob]:
+    """Every key that these options have; an option that cannot be read becomes None."""
+    known = dict(registry.main().knobs)
+    for group, name in options.items():
+        option = name and _try(problems, registry.option, group, name)
+        if option:
+            known |= {f"{group}.{key}": knob for key, knob in option.knobs.items()}
+        else:
+            options[group] = None
+    return known
+
+
+def _still_wished(item: Item, chosen: list[tuple[list[Item], dict]], known: dict[str, knobs.Knob]) -> bool:
+    """An algo's wish falls away where somebody chose that group, but for data and arch: there if it fits."""
+    group = item.key.partition(".")[0]
+    if not any(group in picks for _, picks in chosen):
+        return True
+    return group in ABOUT_DATA and item.key in known and not knobs.check(item.key, item.value, known[item.key].spec)
+
+
+def _settings(
+    wishes: list[Item],
+    chosen: list[tuple[list[Item], dict[str, str | None]]],
+    options: dict[str, str | None],
+    decided: dict[str, str | None],
+) -> tuple[list[Item], list[Item]]:
+    """The settings of knobs, the strongest last, and those that were for an option which a stronger source replaced."""
+    settings, dropped = list(wishes), []
+    at_the_time = registry.groups() | decided
+    for number, (items, picks) in enumerate(chosen):
+        at_the_time |= picks
+        later = {group for _, more in chosen[number + 1 :] for group in more}
+        for item in items:
+            group = item.key.partition(".")[0]
+            stale = group in later and options[group] != at_the_time[group]
+            (dropped if stale else settings).append(item)
+    return settings, dropped
 
 
 def grid(overrides: list[str], file: Path | None = None) -> list[list[str]]:
@@ -565,7 +582,7 @@ def _refusals(config: Config, typed: list[Item], choices: dict[str, str]) -> lis
     vain = [
         str(i)
         for i in typed
-        if i.key.partition(".")[0] in ("optimizer", "schedule") or i.key == "trainer.epochs"
+        if i.key.partition(".")[0] in ("optimizer", "schedule") or i.key in GRADUAL
     ]
     vain += [f"{group}={choices[group]}" for group in ("optimizer", "schedule") if group in choices]
     return [

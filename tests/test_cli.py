@@ -268,3 +268,13 @@ def test_a_stopped_sweep_lets_its_trial_finish(trial, how, code, tmp_path):
         out, err = process.communicate(timeout=20)
     assert process.returncode == code, err
     assert "checkpoint" in out and "1 trials not started" in err and "seed=0" not in out
+
+
+def test_the_matrix_says_who_trains_what_and_why_not():
+    from lbp.launch.matrix import lines, matrix
+
+    found, algos, archs = matrix()
+    assert all(found["bp", arch] is None for arch in archs) and {"dfa", "random_readout"} <= set(algos)
+    assert "ResidualUnit" in found["ldrl", "resnet20"]
+    shown = lines()
+    assert len(shown[0].split()) == len(archs) and any(line.startswith("ldrl with resnet20: ") for line in shown)

@@ -7,13 +7,14 @@ import pytest
 import lbp
 from lbp import registry
 
-SETTING = ("dataset=mnist5k", "trainer.batch_size=32", "metrics.every=200", "logger.console=off")
+SETTING = ("dataset=mnist5k", "metrics.every=200", "logger.console=off")
 
 
 @cache
 def summary(algo: str, folder: str) -> dict:
-    epochs = () if registry.entry("algo", registry.option("algo", algo).name).facts["closed_form"] else ("trainer.epochs=10",)
-    return lbp.run(*SETTING, f"algo={algo}", *epochs, f"run.dir={folder}/{algo}").summary
+    solves = registry.entry("algo", registry.option("algo", algo).name).facts["closed_form"]
+    steps = () if solves else ("trainer.epochs=10", "trainer.batch_size=32")
+    return lbp.run(*SETTING, f"algo={algo}", *steps, f"run.dir={folder}/{algo}").summary
 
 
 @pytest.fixture(scope="module")

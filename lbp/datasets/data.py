@@ -92,7 +92,8 @@ class Split:
                      if self.augment else None)
         for start in range(skip * size, self.steps * size, size):
             places = slice(start, start + size)
-            x, y = self.x.index_select(0, order[places]), self.y.index_select(0, order[places])
+            rows = order[places]
+            x, y = self.x.index_select(0, rows), self.y.index_select(0, rows)
             yield (augmented(x, places) if augmented else x), y
 
     def passes(self, size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:

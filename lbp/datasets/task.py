@@ -100,12 +100,9 @@ class Task:
             out, y = out.double(), y.double().view_as(out)
             each = torch.ones_like(y), y, y.square(), (out - y).square()
             return torch.stack([values.sum(0) for values in each])
-        hits = (out.argmax(-1) == y).sum()      # a masked label equals no class
-        stats = torch.full((2,), y.numel(), dtype=torch.float64, device=out.device)
-        stats[0] = hits
-        if self._sequence(y):
-            stats[1] = (y != MASKED).sum()
-        return stats
+        hits = (out.argmax(-1) == y).sum(dtype=torch.float64)      # a masked label equals no class
+        count = (y != MASKED).sum(dtype=torch.float64) if self._sequence(y) else hits.new_full((), y.shape[0])
+        return torch.stack((hits, count))
 
     def metric_value(self, stats: Tensor) -> float:
         """The metric from added-up scores; nan where it is undefined (no target; r2 of targets that do not

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -49,7 +50,7 @@ class Apply:
             p.grad = None
 
     def _guard(self, group: str, what: str, value: Tensor) -> None:
-        if not value.isfinite():
+        if not math.isfinite(value):
             self.clear()
             raise Diverged(f"the {what} of group {group!r} became non-finite; lower optimizer.lr, or set trainer.clip")
 

@@ -52,10 +52,11 @@ def train(experiment: Experiment, log, folder: Path) -> dict[str, Any]:
             apply.learning_rates(factor(state.step))
             with counter, env.autocast():
                 learned = phase.learn(x, y, apply)
+            learned.loss = learned.loss.sum()
             apply.finish(learned.loss)
             state.step += 1
             targets += apply.count
-            loss += learned.loss.sum()
+            loss += learned.loss
             if learned.out is not None:
                 score += task.score(learned.out, y)
             if first and trainer["compile"]:
@@ -81,7 +82,7 @@ def train(experiment: Experiment, log, folder: Path) -> dict[str, Any]:
 
     def measured(phase: Phase, learned: Learned, y: Tensor) -> dict[str, Any]:
         record = {"step": state.step, "epoch": state.epoch + 1, "split": "train", "phase": phase.name,
-                  "loss": float(learned.loss.sum()) / apply.count}
+                  "loss": float(learned.loss) / apply.count}
         if learned.out is not None:
             record[task.metric] = task.metric_value(task.score(learned.out, y))
         record |= measure.record(learned.blocks)

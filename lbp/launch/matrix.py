@@ -1,0 +1,51 @@
+"""Which rule trains which architecture, found by trying."""
+
+from __future__ import annotations
+
+import torch
+
+from lbp import registry
+from lbp.config import compose
+from lbp.datasets.task import Task
+from lbp.errors import Refused
+from lbp.training.apply import Apply
+from lbp.training.setup import build_algo, build_arch
+
+
+def matrix() -> tuple[dict[tuple[str, str], str | None], list[str], list[str]]:
+    """{(algo, arch): None if it learns a batch of two images, else why it is refused}, the algos, the archs."""
+    algos, archs = list(registry.options("algo")), list(registry.options("arch"))
+    return {(algo, arch): _refusal(algo, arch) for algo in algos for arch in archs}, algos, archs
+
+
+def _refusal(algo: str, arch: str) -> str | None:
+    values = compose([f"algo={algo}", f"arch={arch}"]).values
+    loss = values["dataset"]["loss"]
+    task = Task("classification", (3, 32, 32), 10, 10, "cross_entropy" if loss == "auto" else loss)
+    x, y = torch.rand(4, *task.in_shape), torch.arange(4)
+    network = build_arch(values["arch"], task)
+    try:
+        rule = build_algo(values["algo"], network, task)
+    except Refused as refused:
+        return str(refused)
+    groups = {name: parameters for name, parameters in rule.groups().items() if parameters}
+    apply = Apply(groups, {name: torch.optim.SGD(parameters, lr=1e-3) for name, parameters in groups.items()})
+    apply.count = len(x)
+    for phase in rule.phases():
+        if phase.fit:
+            phase.fit(lambda rows=None: iter([(x, y)]))
+        else:
+            apply.finish(phase.learn(x, y, apply).loss)
+    return None
+
+
+def lines() -> list[str]:
+    """The table for the terminal, and each reason once."""
+    found, algos, archs = matrix()
+    width = max(map(len, algos))
+    rows = [" " * width + "  " + "  ".join(archs)]
+    for algo in algos:
+        marks = ("-" if found[algo, arch] else "yes" for arch in archs)
+        rows.append(f"{algo:<{width}}  " + "  ".join(f"{mark:<{len(arch)}}" for mark, arch in zip(marks, archs)))
+    reasons = {f"{algo} with {arch}: {why}" for (algo, arch), why in found.items() if why}
+    return [*(row.rstrip() for row in rows), "", *sorted(reasons)]

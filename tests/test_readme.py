@@ -40,7 +40,7 @@ def test_make_train(tmp_path):
     for name in ("Makefile", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / ".venv").symlink_to(sys.prefix)
-    done = subprocess.run(["make", "train", "-o", "pyproject.toml"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(["make", "--no-print-directory", "train", "-o", "pyproject.toml"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     *_, score, place = done.stdout.splitlines()
     assert re.match(r"test accuracy 0\.[89]\d+", score)

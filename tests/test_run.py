@@ -2,17 +2,22 @@
 
 import json
 import runpy
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from data_fixtures import real_root
 
 import lbp
 from lbp import registry
 from lbp.config import compose
 from lbp.errors import ConfigError, DataError, Diverged, Refused
 from lbp.launch.trained import evaluate_run, export_run
+from lbp.logs.wandb import flat
 
 ROOT = Path(__file__).parents[1]
 KEYS = """status algo dataset arch seed epochs steps train_loss val_accuracy val_loss test_accuracy test_loss best_epoch
@@ -217,6 +222,44 @@ def test_wandb_failing_costs_one_warning(monkeypatch, capsys):
     assert result.summary["status"] == "done" and capsys.readouterr().out.count("warning: W&B") == 1
 
 
+def test_wandb_names_are_metric_and_layer():
+    names = flat({"step": 7, "epoch": 1, "split": "train", "phase": "train", "loss": 0.5,
+                  "layers": {"fc1": {"alignment_deg": 40.0}}, "total": {"alignment_deg": 30.0}})
+    assert names == {"step": 7, "epoch": 1, "loss/train": 0.5, "alignment_deg/fc1": 40.0, "alignment_deg/total": 30.0}
+
+
+def test_feedback_alignment_is_measured_a_layer_and_in_total():
+    summary = lbp.run(*QUICK, "algo=fa").summary
+    assert {name for name, layer in summary["layers"].items() if "feedback_alignment_deg" in layer} == {"fc2", "head"}
+    assert 60 < summary["total"]["feedback_alignment_deg"] < 100  # two independent draws, hardly trained
+    assert "feedback_alignment_deg" not in lbp.run(*QUICK, "algo=local").summary["total"]
+
+
 @pytest.mark.parametrize("name", registry.options("experiment"))
-def test_every_experiment_composes(name):
-    assert compose([f"experiment={name}"]).options["experiment"] == name
+def test_every_experiment_composes_and_runs_two_steps(name):
+    config = compose([f"experiment={name}"])
+    assert config.options["experiment"] == name
+    batch = config.values["trainer"]["batch_size"]
+    root = real_root("MNIST/raw") if config.options["dataset"] == "mnist" else None
+    result = lbp.run(f"experiment={name}", f"dataset.train_size={2 * batch}", "trainer.epochs=1", "logger.console=off",
+                     *([f"dataset.root='{root}'"] if root else []))
+    assert result.summary["steps"] == 2
+
+
+def test_an_interrupted_run_says_so(tmp_path):
+    command = [sys.executable, "-m", "lbp", "train", "dataset=digits", "trainer.epochs=100000", "run.dir=there",
+               "logger.wandb.mode=disabled"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        while not run.stdout.readline().startswith("epoch"):
+            assert run.poll() is None
+        run.send_signal(signal.SIGINT)
+        _, errors = run.communicate(timeout=30)
+    assert run.returncode == 130 and "Traceback" not in errors
+    assert Path("there/STATUS").read_text().strip() == "interrupted"
+
+
+def test_a_closed_pipe_is_no_error():
+    command = f"{sys.executable} -m lbp train dataset=digits trainer.epochs=3 logger.wandb.mode=disabled run.dir=there | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stdout.count("\n") == 1 and "Traceback" not in done.stderr and "Broken" not in done.stderr
+    assert Path("there/STATUS").read_text().strip() == "done"

@@ -42,7 +42,7 @@ class Measure:
     def record(self, blocks: dict[str, dict[str, Tensor]]) -> dict:
         """{"layers": {block: {metric: value}}, "total": {metric: value}}: angles in degrees, norms of gradients that are
         averaged over targets. What is undefined is absent."""
-        feedback = self.rule.feedback()
+        feedback = {block: products_of(*pair) for block, pair in self.rule.feedback().items()}
         products = {name: products_of(left, self.shadow[name]) for name, left in self.left.items()}
         members: dict[str, list[str]] = {name: [] for name in self.network.blocks}
         for name in self.parameters:
@@ -58,11 +58,13 @@ class Measure:
             if moved and size:
                 values["update_ratio"] = moved / size
             if block in feedback:
-                values["feedback_alignment_deg"] = angle(products_of(*feedback[block]))
+                values["feedback_alignment_deg"] = angle(feedback[block])
             values.update({key: float(value) for key, value in blocks.get(block, {}).items()})
             layers[block] = {key: value for key, value in values.items() if value is not None and math.isfinite(value)}
-        total = {key: value for key, value in self._compared(products, list(self.parameters)).items() if value is not None}
-        return {"layers": layers, **({"total": total} if total else {})}
+        total = self._compared(products, list(self.parameters))
+        if feedback:
+            total["feedback_alignment_deg"] = angle(joint(feedback.values()))
+        return {"layers": layers, "total": {key: value for key, value in total.items() if value is not None}}
 
     def _compared(self, products: dict[str, Products], names: list[str]) -> dict[str, float | None]:
         """The rule's update beside backprop's gradient, over the parameters that the rule moved."""

@@ -88,7 +88,7 @@ def train(experiment: Experiment, log, folder: Path) -> dict[str, Any]:
         record |= measure.record(learned.blocks)
         for layer, values in record["layers"].items():
             state.layers.setdefault(layer, {}).update(values)
-        state.total.update(record.get("total", {}))
+        state.total.update(record["total"])
         return record
 
     def fit(phase: Phase) -> None:

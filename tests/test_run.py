@@ -47,7 +47,7 @@ def test_the_folder_says_everything():
     assert summary["parameters"] == 64 * 32 + 32 + 32 * 24 + 24 + 24 * 10 + 10
     assert yaml.safe_load((folder / "overrides.yaml").read_text()) == [*QUICK, "algo=dfa", "metrics.every=5"]
     meta = json.loads((folder / "meta.json").read_text())
-    assert meta["determinism"]["level"] == "seeded" and meta["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert meta["determinism"]["level"] == "seeded" and meta["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     for checkpoint in ("last", "best"):
         torch.load(folder / f"checkpoints/{checkpoint}.pt", weights_only=True)
     assert not list(folder.rglob("*.tmp"))
@@ -181,6 +181,7 @@ def test_precisions_train(precision):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's compiler looks at it itself
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("algo", ["dfa", "fa"])
 def test_compiled_blocks_give_the_same_network(algo):
     plain, compiled = (lbp.run(*QUICK, f"algo={algo}", f"trainer.compile={on}") for on in ("false", "true"))

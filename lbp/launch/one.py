@@ -9,7 +9,7 @@ from typing import Any
 
 from lbp.config import Config
 from lbp.datasets.data import Arrays
-from lbp.errors import DataError, Diverged
+from lbp.errors import Diverged
 from lbp.launch import folder as folders
 from lbp.logs.console import Console, say
 from lbp.logs.jsonl import Jsonl

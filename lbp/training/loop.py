@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lbp.algos.rule import Learned, Phase
+from lbp.errors import Diverged
 from lbp.metrics.measure import Measure
 from lbp.training import checkpoint
 from lbp.training.environment import seed_all
@@ -112,7 +113,12 @@ def train(experiment: Experiment, log, folder: Path) -> dict[str, Any]:
         without_gain = 0
         for _ in range(epochs):
             rule.train()
-            fit(phase) if phase.fit else learn(phase)
+            try:
+                fit(phase) if phase.fit else learn(phase)
+            except Diverged as error:
+                error.add_note(f"at step {state.step + 1}, in epoch {state.epoch + 1}"
+                               + (f"; checkpoints/last.pt holds epoch {state.epoch}" if state.epoch else ""))
+                raise
             content = {"rule": rule.state_dict(), "step": state.step, "epoch": state.epoch}
             checkpoint.save(folder / "checkpoints/last.pt", content)
             if data.val:

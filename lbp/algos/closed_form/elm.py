@@ -11,7 +11,7 @@ class ELM(LearningRule):
     """Extreme learning machine: random hidden blocks, and a head solved by ridge regression on the targets.
 
     head = argmin sum |phi(x) W^T + b - t|^2 / 2 + ridge/2 |W|^2, with one-hot targets for classes; the bias is not
-    penalised (Huang, Zhu & Siew 2006, equation 9; Hoerl & Kennard 1970). A control: what random features alone reach.
+    penalised (Huang, Zhu & Siew 2006; Hoerl & Kennard 1970). A control: what random features alone reach.
     """
 
     facts = Facts(

@@ -9,9 +9,9 @@ from lbp.algos.rule import Facts, Learned, LearningRule
 class DFA(LearningRule):
     """Direct feedback alignment: the output's error reaches every block through its own fixed random matrix.
 
-    dL/dh_l is taken to be e B_l, with e the error at the output and B_l (outputs, units of block l) (Nokland 2016,
-    equation 7). Within a block ordinary autograd goes on from there; between blocks nothing flows, also not through
-    a skip. The head receives its exact gradient.
+    dL/dh_l is taken to be e B_l, with e the error at the output and B_l (outputs, units of block l) (Nokland 2016).
+    Within a block ordinary autograd goes on from there; between blocks nothing flows, also not through a skip. The
+    head receives its exact gradient.
     """
 
     facts = Facts(

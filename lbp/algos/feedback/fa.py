@@ -10,7 +10,7 @@ from lbp.archs.init import draw
 class FA(LearningRule):
     """Feedback alignment: errors come down through fixed random matrices B in place of the transposed weights.
 
-    delta_l = (delta_{l+1} B_{l+1}) * f'(a_l), with B_l shaped as W_l (Lillicrap et al. 2016, equation 2). Convolutions
+    delta_l = (delta_{l+1} B_{l+1}) * f'(a_l), with B_l shaped as W_l (Lillicrap et al. 2016). Convolutions
     share B over positions as they share W. Norms, activations, pools and skips keep their exact derivative.
     """
 

@@ -12,7 +12,7 @@ class KP(LearningRule):
     """Kolen-Pollack: feedback alignment whose B receives the same update as its W, and both the same decay.
 
     W <- (1 - decay) W - step,  B <- (1 - decay) B - step: their difference is (1 - decay)^t of the first one, whatever
-    the steps were (Akrout et al. 2019, equations 16 and 17). It holds where a step depends on the gradient alone, as in
+    the steps were (Akrout et al. 2019). It holds where a step depends on the gradient alone, as in
     sgd with or without momentum. Adaptive optimizers divide by each weight's own history, which is the same for W
     and B as well, but weight decay of theirs enters it: leave `optimizer.weight_decay` at 0 and use `decay`.
     """

@@ -14,9 +14,9 @@ class ForwardForward(LearningRule):
     """Forward-Forward: each layer tells inputs that carry their own label from inputs that carry a wrong one.
 
     The label is written one-hot into the first pixels. A layer's goodness is the sum of its squared activities; it is
-    pushed above `threshold` a unit for true labels and below for false ones, by logistic regression (Hinton 2022,
-    equation 1 and section 3.3). The length of a layer's output is removed before the next layer sees it. A class is
-    predicted by the goodness that its label brings, summed over all layers but the first. The head is not used.
+    pushed above `threshold` a unit for true labels and below for false ones, by logistic regression (Hinton 2022).
+    The length of a layer's output is removed before the next layer sees it. A class is predicted by the goodness that its
+    label brings, summed over all layers but the first. The head is not used.
     """
 
     facts = Facts(

@@ -16,7 +16,7 @@ class LDRL(LearningRule):
     Each block above the first, and the head, has a learned inverse g. Targets come down by t_{l-1} = h_{l-1} +
     g_l(t_l) - g_l(h_l) from t_L = h_L - beta dL/dh_L, and each block moves its output towards its target. The inverses
     are trained, `feedback_steps` times a batch, on -2 <dx, g(f(x+dx)) - g(y)> + |g(y+dy) - g(y)|^2, whose minimum has the
-    transposed Jacobian of f (Ernoult et al. 2022, equations 8 and 12); before that alone for `feedback_epochs`.
+    transposed Jacobian of f (Ernoult et al. 2022); before that alone for `feedback_epochs`.
     """
 
     facts = Facts(

@@ -181,7 +181,8 @@ def test_precisions_train(precision):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's compiler looks at it itself
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # and these are torch 2.13's compiler's own
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("algo", ["dfa", "fa"])
 def test_compiled_blocks_give_the_same_network(algo):
     plain, compiled = (lbp.run(*QUICK, f"algo={algo}", f"trainer.compile={on}") for on in ("false", "true"))

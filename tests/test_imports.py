@@ -19,7 +19,6 @@ ALLOWED = {
     "algos": {"archs"},
     "metrics": {"archs"},
     "logs": set(),
-    "report": set(),
     "training": {"algos", "archs", "datasets", "logs", "metrics", "registry"},
     "launch": {"training", "logs", "datasets", "config", "registry"},
     "api": {"algos", "archs", "config", "datasets", "launch", "registry", "training"},

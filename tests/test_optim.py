@@ -209,6 +209,14 @@ def test_a_batch_without_targets_that_count_moves_no_weight_to_nan():
     assert group[0].tolist() == [1, 1]
 
 
+def test_a_group_without_gradients_leaves_the_others_alone():
+    a, b = parameters([1.]), parameters([1.])
+    apply = Apply({"forward": a, "heads": b}, {n: torch.optim.SGD(p, lr=1.) for n, p in (("forward", a), ("heads", b))})
+    a[0].grad = torch.tensor([1.]).double()
+    apply("heads", torch.tensor(0.))
+    assert a[0].grad.item() == 1 and a[0].item() == 1
+
+
 def test_finish_steps_every_group_and_groups_need_optimizers():
     a, b = parameters([1.]), parameters([1.])
     apply = Apply({"forward": a, "heads": b}, {n: torch.optim.SGD(p, lr=1.) for n, p in (("forward", a), ("heads", b))})

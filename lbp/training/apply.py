@@ -34,18 +34,19 @@ class Apply:
 
     def __call__(self, group: str, loss: Tensor | None = None) -> None:
         moving = [p for p in self.groups[group] if p.grad is not None]
-        if not moving or not self.count:
-            return self.clear()
-        # The mean of the loss is finite just when every value is; of a NaN batch no gradient need be looked at.
+        if not moving:
+            return
+        # The loss is finite or no gradient need be looked at; testing it is free, testing them is not.
         tested = loss if loss is not None else torch.stack([p.grad.sum() for p in moving])
         self._guard(group, "loss" if loss is not None else "update", tested.sum())
         if self.observe:
             self.observe(moving)
-        for p in moving:
-            p.grad.div_(self.count)
-        if self.clip:
-            self._guard(group, "update", torch.nn.utils.clip_grad_norm_(moving, self.clip))
-        self.optimizers[group].step()
+        if self.count:  # a batch whose targets are all masked moves nothing
+            for p in moving:
+                p.grad.div_(self.count)
+            if self.clip:
+                self._guard(group, "update", torch.nn.utils.clip_grad_norm_(moving, self.clip))
+            self.optimizers[group].step()
         for p in moving:
             p.grad = None
 

@@ -9,12 +9,9 @@ $(VENV)/ready: pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	@touch $@
 
-.PHONY: train test test-all
+.PHONY: train test
 train: $(VENV)/ready
 	$(LBP) train
 
 test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest
-
-test-all: $(VENV)/ready
-	$(VENV)/bin/python -m pytest -m "slow or not slow"

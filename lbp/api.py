@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import yaml
-
-from lbp import registry
 from lbp.algos.rule import LearningRule
 from lbp.archs.network import Network
 from lbp.config import compose
@@ -39,9 +36,8 @@ def rule(name: str, network: Network, task: Task, **knobs: Any) -> LearningRule:
     Train with it by `rule.learn(x, y, apply)` and optimizers over `rule.groups()`; `lbp.Apply` is a ready `apply`.
     Raises ConfigError for an unknown rule or knob, Refused for a network that it cannot train.
     """
-    option = registry.option("algo", name)
-    unknown = set(knobs) - set(option.knobs)
+    defaults = compose([f"algo={name}"]).values["algo"]
+    unknown = set(knobs) - (known := set(defaults) - {"name"})
     if unknown:
-        raise ConfigError(f"algo={name} has no knob {', '.join(sorted(unknown))}; it has: {', '.join(option.knobs) or 'none'}")
-    defaults = {key: yaml.safe_load(knob.default) for key, knob in option.knobs.items()}
-    return build_algo({"name": option.name, **defaults, **knobs}, network, task)
+        raise ConfigError(f"algo={name} has no knob {', '.join(sorted(unknown))}; it has: {', '.join(sorted(known)) or 'none'}")
+    return build_algo(defaults | knobs, network, task)

@@ -62,15 +62,19 @@ _CONVOLUTION_GRADIENTS = {
 
 
 def _operands(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    if padding == "valid":
-        padding = 0
-    elif padding == "same":
-        dilations = dilation if isinstance(dilation, (tuple, list)) else (dilation,) * (weight.dim() - 2)
-        if any(d * (k - 1) % 2 for d, k in zip(dilations, weight.shape[2:])):
-            raise Refused("padding='same' with an even kernel pads unevenly: no feedback operator for it; "
-                          "pad with a layer of its own")
-        padding = tuple(d * (k - 1) // 2 for d, k in zip(dilations, weight.shape[2:]))
-    return input, weight, bias, (stride, padding, dilation, groups)
+    return input, weight, bias, (stride, padding_in_numbers(padding, weight.shape[2:], dilation), dilation, groups)
+
+
+def padding_in_numbers(padding, kernel: tuple[int, ...], dilation) -> int | tuple[int, ...]:
+    """A convolution's padding, where it may be a word. Raises Refused for one that differs from side to side."""
+    if not isinstance(padding, str):
+        return padding
+    dilations = dilation if isinstance(dilation, (tuple, list)) else (dilation,) * len(kernel)
+    total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilations, kernel)]
+    if any(size % 2 for size in total):
+        raise Refused("padding='same' with an even kernel pads unevenly: no feedback operator for it; "
+                      "pad with a layer of its own")
+    return tuple(size // 2 for size in total)
 
 
 class BackwardThrough(TorchFunctionMode):
@@ -124,16 +128,8 @@ def feedback_sites(network: Network) -> dict[str, nn.Parameter]:
     met as such (transposed convolutions, nn.MultiheadAttention's packed projections): its error would silently be
     backprop's.
     """
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    record = _Record()
-    try:
-        with record, torch.enable_grad():
-            p = network.head.weight
-            network(torch.zeros(1, *network.in_shape, device=p.device, dtype=p.dtype))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with network.probe() as x, _Record() as record, torch.enable_grad():
+        network(x)
     names = {id(p): name for name, p in network.named_parameters()}
     unmet = [name for name, p in network.named_parameters() if p.dim() > 1 and id(p) not in record.met.keys() | record.added]
     if unmet:

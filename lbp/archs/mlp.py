@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 from torch import nn
 
 from lbp.archs.init import initialise
@@ -9,9 +11,7 @@ from lbp.archs.network import Layer, Network, activation as make_activation, nor
 def mlp(task, *, widths: list[int], activation: str, norm: str, dropout: float, init: str) -> Network:
     """A multilayer perceptron: dense layers of `widths` units, then the head. Images are flattened."""
     blocks: dict[str, nn.Module] = {}
-    features = 1
-    for size in task.in_shape:
-        features *= size
+    features = math.prod(task.in_shape)
     for i, width in enumerate(widths, 1):
         blocks[f"fc{i}"] = Layer(nn.Linear(features, width), make_norm(norm, width, 0), make_activation(activation),
                                  dropout, flatten=i == 1 and len(task.in_shape) > 1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 
 import torch
@@ -101,14 +102,17 @@ class Network(nn.Module):
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Each block's output shape for one sample; found in eval mode, so that no statistic moves."""
-        parameter = self.head.weight
-        h = torch.zeros(1, *self.in_shape, device=parameter.device, dtype=parameter.dtype)
+        """Each block's output shape for one sample."""
+        with self.probe() as h, torch.no_grad():
+            return {name: tuple((h := block(h)).shape[1:]) for name, block in self.blocks.items()}
+
+    @contextmanager
+    def probe(self) -> Iterator[Tensor]:
+        """A sample of zeros, (1, *in_shape), to be run within: in eval mode, so that no statistic moves."""
         modes = {module: module.training for module in self.modules()}
         self.eval()
         try:
-            with torch.no_grad():
-                return {name: tuple((h := block(h)).shape[1:]) for name, block in self.blocks.items()}
+            yield self.head.weight.new_zeros(1, *self.in_shape)
         finally:
             for module, mode in modes.items():
                 module.training = mode

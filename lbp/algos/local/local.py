@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -59,10 +61,7 @@ def _local_accuracy(task, out, y):
 def local_head(shape: tuple[int, ...], outputs: int, features: int) -> nn.Module:
     """A linear read-out of a block's output; maps are pooled to the largest square that leaves at most `features`."""
     if len(shape) != 3:
-        size = 1
-        for side in shape:
-            size *= side
-        return nn.Sequential(nn.Flatten(), nn.Linear(size, outputs))
+        return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), outputs))
     channels, height, width = shape
     side = max(1, min(height, width, int((features / channels) ** 0.5)))
     return nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten(), nn.Linear(channels * side * side, outputs))

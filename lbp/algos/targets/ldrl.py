@@ -119,9 +119,7 @@ class InverseConvolution(nn.Module):
         self.below = below[1:]
         with torch.no_grad():
             self.mapped = tuple(conv(conv.weight.new_zeros(1, *below)).shape[2:])
-        padding = conv.padding
-        if isinstance(padding, str):
-            padding = [d * (k - 1) // 2 if padding == "same" else 0 for d, k in zip(conv.dilation, conv.kernel_size)]
+        padding = ops.padding_in_numbers(conv.padding, conv.kernel_size, conv.dilation)
         positions = torch.Size(above).numel() // conv.out_channels
         shrink = max(1, round((self.mapped[0] * self.mapped[1] / positions) ** 0.5))
         self.pooled = (conv.out_channels, self.mapped[0] // shrink, self.mapped[1] // shrink)

@@ -1,7 +1,6 @@
 """The commands. Imports no torch: `--help`, `--version`, `list` and `show` answer at once."""
 
 import argparse
-import errno
 import os
 import shutil
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import lbp
 from lbp import knobs, registry
-from lbp.errors import ConfigError, LbpError
+from lbp.errors import ConfigError, LbpError, out_of_resources
 
 LISTS = {
     "algos": "algo",
@@ -42,12 +41,12 @@ def main(argv: list[str] | None = None) -> int:
         )  # else Python complains again at its exit
         return 0
     except KeyboardInterrupt as error:
-        return _fail(error, 130, ["interrupted"])
+        return _fail(error, getattr(error, "code", 130), [str(error) or "interrupted"])
     except LbpError as error:
         return _fail(error, error.code, str(error).splitlines() or [type(error).__name__])
     except Exception as error:
-        if resource := _resource(error):
-            return _fail(error, 5, [resource])
+        if resource := out_of_resources(error):
+            return _fail(error, resource.code, [str(resource)])
         return _fail(
             error,
             1,
@@ -66,21 +65,6 @@ def _fail(error: BaseException, code: int, lines: list[str]) -> int:
     for line in [*lines, *getattr(error, "__notes__", [])]:
         print(f"lbp: {line}", file=sys.stderr)
     return code
-
-
-def _resource(error: Exception) -> str | None:
-    """What ran out, and what would help; None if nothing did."""
-    names = [kind.__name__ for kind in type(error).__mro__]
-    if "MemoryError" in names or "OutOfMemoryError" in names or "DefaultCPUAllocator" in str(error):
-        what = str(error).strip().splitlines()
-        return (
-            f"out of memory{': ' + what[0] if what else ''}; try a smaller trainer.batch_size or arch, "
-            "or trainer.precision=bf16"
-        )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f": {error.filename}" if error.filename else ""
-        return f"the disk is full{where}; make room, or set run.dir elsewhere"
-    return None
 
 
 # ---- reading the command
@@ -147,11 +131,17 @@ def _parser() -> argparse.ArgumentParser:
     rerun.add_argument(
         "--dry-run", action="store_true", help="show the configuration and the network, train nothing"
     )
+    resume = add(
+        "resume",
+        "go on with a run that was stopped, as if it had not been",
+        "RUN [key=value ...]",
+        epilog="free to change: trainer.epochs (more), max_minutes, patience, checkpoint_every, on_nonfinite; logger.*",
+    )
     export = add(
         "export", "write the trained network, loadable without lbp", "RUN [--checkpoint WHICH] [--to PATH]"
     )
     export.add_argument("--to", metavar="PATH", type=Path)
-    for command in (evaluate, rerun, export):
+    for command in (evaluate, rerun, resume, export):
         command.add_argument("run", metavar="RUN", help="a run's folder, the start of its name, or last")
     for command in (evaluate, export):
         command.add_argument("--checkpoint", choices=("last", "best"), default="last")
@@ -214,7 +204,7 @@ def _train(args, overrides: list[str]) -> int | None:
 
     overrides = _elsewhere(args.config, overrides)
     if not args.multirun:
-        return _start(config.compose(overrides, args.config), args.dry_run)
+        return _start(lambda: config.compose(overrides, args.config), args.dry_run)
     trials = config.grid(overrides, args.config)
     if args.dry_run:
         for number, trial in enumerate(trials, 1):
@@ -230,7 +220,7 @@ def _rerun(args, overrides: list[str]) -> int | None:
     from lbp.launch.runs import find_run
 
     file = find_run(args.run) / "config.yaml"
-    return _start(config.compose(_elsewhere(file, overrides), file), args.dry_run)
+    return _start(lambda: config.compose(_elsewhere(file, overrides), file), args.dry_run)
 
 
 def _elsewhere(file: Path | None, overrides: list[str]) -> list[str]:
@@ -238,10 +228,46 @@ def _elsewhere(file: Path | None, overrides: list[str]) -> list[str]:
     return ["run.dir=null", *overrides] if file and (file.parent / "STATUS").exists() else overrides
 
 
-def _start(config, dry: bool) -> int | None:
-    from lbp.launch.one import dry_run, train
+def _start(compose, dry: bool) -> int | None:
+    if dry:
+        config = compose()
+        from lbp.launch.one import dry_run
 
-    return dry_run(config) if dry else train(config)
+        return dry_run(config)
+
+    def new() -> tuple:
+        config = compose()
+        from lbp.launch.one import create
+
+        place = create(config)
+        return config, place.folder, place
+
+    return _trained(new)
+
+
+def _resume(args, overrides: list[str]) -> int | None:
+    def old() -> tuple | None:
+        from lbp.launch.resume import resume
+        from lbp.launch.runs import find_run
+
+        return resume(find_run(args.run), overrides)
+
+    return _trained(old)
+
+
+def _trained(begin) -> int | None:
+    """Trains the run that `begin` prepares, here or as a rank among others that torchrun started."""
+    from lbp import interrupt
+
+    with interrupt.listening(command=True):
+        if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            from lbp.launch.ranks import among
+
+            return among(begin)
+        if prepared := begin():
+            from lbp.launch.one import start
+
+            start(*prepared)
 
 
 def _eval(args, overrides: list[str]) -> None:

@@ -17,7 +17,8 @@ from lbp import knobs, registry
 from lbp.errors import ConfigError
 from lbp.knobs import did_you_mean, nearest, show
 
-GRADUAL = tuple(f"trainer.{key}" for key in ("epochs", "batch_size", "clip", "patience"))  # nothing to who solves
+GRADUAL = tuple(f"trainer.{key}" for key in (
+    "epochs", "batch_size", "clip", "patience", "checkpoint_every", "on_nonfinite"))  # nothing to who solves
 ABOUT_DATA = ("dataset", "arch")  # an algo's wishes for these hold for every option that has the knob
 
 

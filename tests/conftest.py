@@ -57,7 +57,7 @@ def configuration(algo="bp", arch="mlp", optimizer="adam", schedule="constant", 
     """A resolved configuration; overrides are written group__knob=value, algo's preferences apply."""
     wishes = prefers(algo)
     optimizer = wishes.pop("optimizer", optimizer)
-    values = {"seed": 0, "plugins": [], "run": {"dir": None, "name": None}, "dataset": {"name": "arrays", "val_size": 0},
+    values = {"seed": 0, "plugins": [], "run": {"dir": None, "name": None, "init_from": None}, "dataset": {"name": "arrays", "val_size": 0},
               "arch": defaults("arch", arch), "algo": defaults("algo", algo), "optimizer": defaults("optimizer", optimizer),
               "schedule": defaults("schedule", schedule), "trainer": defaults("trainer", "default"),
               "metrics": defaults("metrics", "default")}
@@ -76,6 +76,10 @@ class Log(list):
     """A logger that keeps what is written."""
 
     write = list.append
+    length = list.__len__
+
+    def sync(self):
+        pass
 
 
 # ---- tasks, networks, rules

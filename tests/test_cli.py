@@ -176,7 +176,7 @@ def test_errors_become_exit_codes(error, code, said, capsys, monkeypatch):
 
 def test_train_and_rerun_hand_over_what_was_typed(monkeypatch, tmp_path):
     got = []
-    monkeypatch.setattr(cli, "_start", lambda config, dry: got.append((config, dry)))
+    monkeypatch.setattr(cli, "_start", lambda compose, dry: got.append((compose(), dry)))
     assert cli.main(["train", "algo=bp", "--dry-run", "seed=3", "--debug"]) == 0
     assert got[0][0].typed == ["algo=bp", "seed=3"] and got[0][1] is True
     run = tmp_path / "outputs" / "2026-01-01" / "101010-bp"

@@ -199,7 +199,7 @@ def test_plugins_by_entry_point(package, tmp_path, monkeypatch):
 def test_defaults():
     got = compose([])
     assert got.options == {"dataset": "mnist5k", "arch": "mlp", "algo": "dfa", "optimizer": "adam", "schedule": "constant",
-                           "trainer": "default", "metrics": "default", "logger": "default"}
+                           "trainer": "default", "metrics": "default", "logger": "default", "launch": "default"}
     values = got.values
     assert values["arch"]["widths"] == [256, 256] and values["arch"]["activation"] == "relu"
     assert values["optimizer"] == {"name": "adam", "lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0,

@@ -4,8 +4,6 @@ import gzip
 import inspect
 import itertools
 import math
-import sys
-import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import torch
 
 from data_fixtures import idx_bytes, images, real_root, vectors, write_mnist, write_tree
 from lbp import knobs, registry
-from lbp.datasets import idx, sources
+from lbp.datasets import idx
 from lbp.datasets.augment import Augment, generator
 from lbp.datasets.data import COMMON, Arrays, Split, load
 from lbp.datasets.task import Task
@@ -259,6 +257,19 @@ def test_unit_and_none():
     assert floats.min() == 0 and floats.max() == 1
 
 
+@pytest.mark.parametrize("how", ("standard", "unit", "none"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_bytes_and_the_same_values_as_floats_train_alike(how, dtype):
+    arrays = images()
+    arrays.x[:, :, 0, :2] = 0, 255      # in every split: what "unit" takes for black and white of floats
+    splits = loaded(arrays, normalize=how, dtype=dtype)
+    for kind in (np.float32, np.float64):
+        others = loaded(replace(arrays, x=arrays.x.astype(kind)), normalize=how, dtype=dtype)
+        for a, b in ((splits.train, others.train), (splits.val, others.val), (splits.test, others.test)):
+            assert a.y.equal(b.y)
+            torch.testing.assert_close(a.x, b.x, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-12)
+
+
 def test_constant_features_and_large_offsets():
     x = np.random.default_rng(0).normal(size=(50, 3))
     x[:, 1], x[:, 2] = 0.1, x[:, 2] + 1e9      # fp32 alone could not tell the third column's values apart
@@ -394,6 +405,8 @@ def test_images_only():
     ({"y": np.arange(59) % 3}, "60 samples, y 59"),
     ({"x": np.zeros((0, 4)), "y": np.zeros(0, int)}, "empty"),
     ({"x": np.zeros((60, 0))}, "empty"),
+    ({"x_test": np.zeros((0, 4)), "y_test": np.zeros(0, int)}, "x_test is empty"),
+    ({"x_test": np.full((5, 4), np.nan), "y_test": np.zeros(5, int)}, "20 of the 20 values of x_test"),
     ({"x": np.array([["a"] * 4] * 60)}, "not numbers"),
     ({"x": np.zeros((60, 2, 2))}, "vectors need"),
     ({"x": np.zeros((2, 4)), "y": np.array([0, 1])}, "cannot be cut"),
@@ -498,60 +511,6 @@ def test_images_and_labels_of_different_counts(tmp_path):
     (tmp_path / "MNIST/raw/train-labels-idx1-ubyte").write_bytes(idx_bytes(np.zeros(29)))
     with pytest.raises(DataError, match="30 samples, y 29"):
         loaded(name="mnist", root=str(tmp_path))
-
-
-def torchvision_that(monkeypatch, do):
-    """In place of torchvision, a class MNIST(root, download) that calls do(raw folder)."""
-    def MNIST(root, download):
-        raw = Path(root) / "MNIST" / "raw"
-        raw.mkdir(parents=True)
-        do(raw)
-    monkeypatch.setitem(sys.modules, "torchvision.datasets", types.SimpleNamespace(MNIST=MNIST))
-
-
-def test_missing_files_are_fetched_and_good_copies_kept(tmp_path, monkeypatch):
-    made = write_mnist(tmp_path / "server")
-    server, raw = tmp_path / "server/MNIST/raw", tmp_path / "data/MNIST/raw"
-    torchvision_that(monkeypatch, lambda to: [(to / n).write_bytes((server / n).read_bytes()) for n in made])
-    assert len(loaded(name="mnist", root=str(tmp_path / "data")).test) == 10
-    kept = raw / "t10k-labels-idx1-ubyte"
-    stamp = kept.stat().st_mtime_ns
-    (raw / "train-labels-idx1-ubyte").unlink()
-    loaded(name="mnist", root=str(tmp_path / "data"))
-    assert kept.stat().st_mtime_ns == stamp and sorted(p.name for p in raw.iterdir()) == sorted(made)
-
-
-def test_no_network_leaves_nothing_behind(tmp_path, monkeypatch):
-    def fail(raw):
-        (raw / "train-images-idx3-ubyte.gz").write_bytes(b"half")
-        raise RuntimeError("Error downloading train-images-idx3-ubyte.gz:\nTried x, got: <urlopen error>")
-    torchvision_that(monkeypatch, fail)
-    with pytest.raises(DataError) as e:
-        loaded(name="mnist", root=str(tmp_path / "new" / "data"))
-    where = str(tmp_path / "new/data/MNIST/raw")
-    for word in ("train-images-idx3-ubyte, train-labels", where, "dataset=mnist5k", "urlopen"):
-        assert word in str(e.value)
-    assert "\n" not in str(e.value) and list(tmp_path.iterdir()) == []
-
-
-def test_no_right_to_write(tmp_path):
-    (tmp_path / "data").write_text("a file, no folder")
-    with pytest.raises(DataError, match="NotADirectoryError"):
-        loaded(name="mnist", root=str(tmp_path / "data"))
-
-
-@pytest.mark.parametrize("error", (ImportError("no module"), RuntimeError("torchvision::nms does not exist")))
-@pytest.mark.parametrize("module, package", [
-    ("torchvision.datasets", "torchvision"), ("sklearn.datasets", "scikit-learn")])
-def test_broken_packages_are_named(tmp_path, monkeypatch, module, package, error):
-    read = {name: registry.load("dataset", name) for name in ("mnist", "sklearn_table")}
-
-    def broken(name):
-        assert name == module
-        raise error
-    monkeypatch.setattr(sources.importlib, "import_module", broken)
-    with pytest.raises(DataError, match=f"package {package}, .*{error}"):
-        read["mnist"](root=str(tmp_path)) if package == "torchvision" else read["sklearn_table"](table="iris")
 
 
 # ---- folders of images

@@ -11,18 +11,20 @@ ROOT = Path(__file__).parents[1]
 # folder or file of lbp -> what of lbp it may import (itself always); errors may be imported by all
 ALLOWED = {
     "errors": set(),
+    "ranks": set(),
+    "interrupt": {"ranks"},
     "knobs": set(),
     "registry": {"knobs"},
     "config": {"knobs", "registry"},
-    "datasets": {"knobs", "registry"},
+    "datasets": {"knobs", "ranks", "registry"},
     "archs": set(),
-    "algos": {"archs"},
-    "metrics": {"archs"},
+    "algos": {"archs", "ranks"},
+    "metrics": {"archs", "ranks"},
     "logs": set(),
-    "training": {"algos", "archs", "datasets", "logs", "metrics", "registry"},
-    "launch": {"training", "logs", "datasets", "config", "registry"},
+    "training": {"algos", "archs", "datasets", "interrupt", "logs", "metrics", "ranks", "registry"},
+    "launch": {"config", "datasets", "interrupt", "knobs", "logs", "ranks", "registry", "training"},
     "api": {"algos", "archs", "config", "datasets", "launch", "registry", "training"},
-    "cli": {"config", "knobs", "registry", "launch"},
+    "cli": {"config", "interrupt", "knobs", "registry", "launch"},
 }
 
 

@@ -78,7 +78,7 @@ def test_best_epoch_is_chosen_on_validation():
     validated = [r["accuracy"] for r in lines(result.folder) if r["split"] == "val"]
     assert result.summary["best_epoch"] == 1 + validated.index(max(validated))
     best = torch.load(result.folder / "checkpoints/best.pt", weights_only=True)
-    assert best["epoch"] == result.summary["best_epoch"]
+    assert best["state"]["epoch"] == result.summary["best_epoch"]
     without = lbp.run(*QUICK, "algo=bp", "dataset.val_size=0").summary
     assert "best_epoch" not in without and "val_accuracy" not in without
 

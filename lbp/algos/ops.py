@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lbp import ranks
 from lbp.archs.init import draw
 from lbp.archs.network import CONVOLUTIONS, Layer, Network, block_of
 from lbp.errors import Refused
@@ -172,6 +173,14 @@ def _units(shape: tuple[int, ...], lead: list[int], outputs: int) -> tuple[int, 
 def teach(h: Tensor, error: Tensor, projection: Tensor) -> None:
     """Backpropagates `error @ projection` from the block output `h` into its block, and drops the graph."""
     h.backward((error.to(projection.dtype) @ projection).view(h.shape).to(h.dtype))
+
+
+# Ranks -----------------------------------------------------------------------------------------------------------
+
+
+def over_ranks(*sums: Tensor) -> None:
+    """Adds up, in place and over the ranks, sums over data that are no gradients: Gram matrices, fitness."""
+    ranks.total(sums)
 
 
 # Precision -------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from lbp import ranks
 from lbp.archs.network import Network
 
 GROUPS = ("forward", "feedback", "heads")
@@ -93,7 +94,8 @@ class LearningRule(nn.Module):
 class Rng(nn.Module):
     """Noise that a rule draws while it trains. The generator's state is part of the rule's state_dict.
 
-    Drawn on the CPU, so that a run is the same on every device; seeded from torch's generator when made.
+    Drawn on the CPU, so that a run is the same on every device; and for the whole batch on every rank, each of which
+    takes its own rows. Seeded from torch's generator when made.
     """
 
     def __init__(self):
@@ -101,12 +103,14 @@ class Rng(nn.Module):
         self.generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
 
     def normal(self, like: Tensor) -> Tensor:
-        """Standard normal values, shaped as `like` (rows are the global batch's)."""
-        return torch.randn(like.shape, generator=self.generator, dtype=like.dtype).to(like.device)
+        """Standard normal values, shaped as `like`, which has a row for each sample of this rank's batch."""
+        rows, mine = ranks.batch_rows(len(like))
+        return torch.randn((rows, *like.shape[1:]), generator=self.generator, dtype=like.dtype)[mine].to(like.device)
 
     def integers(self, high: int, like: Tensor) -> Tensor:
-        """Integers from 0 to high - 1, shaped as `like`."""
-        return torch.randint(high, like.shape, generator=self.generator).to(like.device)
+        """Integers from 0 to high - 1, shaped as `like`, which has a row for each sample of this rank's batch."""
+        rows, mine = ranks.batch_rows(len(like))
+        return torch.randint(high, (rows, *like.shape[1:]), generator=self.generator)[mine].to(like.device)
 
     def get_extra_state(self) -> Tensor:
         return self.generator.get_state()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lbp import registry
+from lbp import ranks, registry
 from lbp.datasets.augment import Augment, generator
 from lbp.datasets.task import Task
 from lbp.errors import ConfigError, DataError
@@ -66,11 +66,13 @@ class Arrays:
 
 
 class Split:
-    """x (N, *in_shape) and y (N,) labels or (N, k) targets, both resident on the device."""
+    """x (N, *in_shape) and y (N,) labels or (N, k) targets, both resident on the device. `source` (N,): where each
+    sample stands in the dataset."""
 
     def __init__(self, x: Tensor, y: Tensor, *, batch_size: int, seed: int = 0,
-                 augment: Augment | None = None, black: Tensor | None = None):
+                 augment: Augment | None = None, black: Tensor | None = None, source: Tensor | None = None):
         self.x, self.y, self.seed, self.augment, self.black = x, y, seed, augment, black
+        self.source = torch.arange(len(x)) if source is None else source
         self.batch_size = min(batch_size, len(x))
 
     def __len__(self) -> int:
@@ -81,25 +83,34 @@ class Split:
         """Batches an epoch."""
         return len(self.x) // self.batch_size
 
+    def order(self, epoch: int) -> Tensor:
+        """The samples in the order of an epoch's batches."""
+        return torch.randperm(len(self.x), generator=generator("order", self.seed, epoch))
+
     def batches(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Full batches in an order that is a pure function of (seed, epoch), augmented; the tail is dropped.
+        """Full batches in an order that is a pure function of (seed, epoch), augmented; the tail is dropped. Of
+        each batch this rank's share.
 
         A set smaller than a batch is one batch. `skip` leaves out the first batches and changes none of the
         others."""
         n, size, device = len(self.x), self.batch_size, self.x.device
-        order = torch.randperm(n, generator=generator("order", self.seed, epoch)).to(device)
+        order = self.order(epoch).to(device)
         augmented = (self.augment.epoch(n, self.x.shape[1:], self.seed, epoch, device, self.black)
                      if self.augment else None)
         for start in range(skip * size, self.steps * size, size):
-            places = slice(start, start + size)
+            mine = ranks.share(size)
+            places = slice(start + mine.start, start + mine.stop)
             rows = order[places]
             x, y = self.x.index_select(0, rows), self.y.index_select(0, rows)
             yield (augmented(x, places) if augmented else x), y
 
     def passes(self, size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every sample once, in order, never augmented, `size` at a time (512). Views: not to be written
-        into."""
-        return zip(self.x.split(size or 512), self.y.split(size or 512))
+        """Every sample once, in order, never augmented, `size` at a time (512) on each rank, which get equally
+        many parts; the last may be empty. Views: not to be written into."""
+        whole = (size or 512) * ranks.world()
+        for x, y in zip(self.x.split(whole), self.y.split(whole)):
+            mine = ranks.share(len(x))
+            yield x[mine], y[mine]
 
 
 @dataclass
@@ -160,7 +171,7 @@ def load(cfg: dict, *, seed: int, batch_size: int, device="cpu", dtype: torch.dt
     def split(x, y, rows, **how):
         targets = _filled(y, rows, y_shift, y_scale, device, dtype) if regression else y[rows].to(device)
         return Split(_filled(x, rows, shift, scale, device, dtype), targets,
-                     batch_size=batch_size, seed=seed, **how)
+                     batch_size=batch_size, seed=seed, source=rows, **how)
 
     classes = None if regression else len(arrays.classes)
     loss = cfg["loss"] if cfg["loss"] != "auto" else "mse" if regression else "cross_entropy"

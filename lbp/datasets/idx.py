@@ -1,51 +1,53 @@
 """MNIST's file format, and the sets that come in it: torchvision's folder layout, its addresses and
 checksums."""
 
-import contextlib
 import gzip
 import math
 import os
-import shutil
-import socket
 import struct
-import tempfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 
 from lbp.datasets.data import Arrays
+from lbp.datasets.fetch import fetch
 from lbp.datasets.sources import line, optional
 from lbp.errors import DataError
-
-TIMEOUT = 8.0   # seconds that a silent server is waited for
 
 
 def idx_images(name: str, root: str, folder: str, classes: list[str], instead: str) -> Arrays:
     """
     Training and test images (N, 1, H, W) uint8 of `root/folder/raw/*-ubyte[.gz]`.
 
-    Missing files are fetched by `torchvision.datasets.<folder>`. Raises DataError, which names
-    dataset=`instead`.
+    Missing files are fetched from where `torchvision.datasets.<folder>` has them. Raises DataError, which
+    names dataset=`instead`.
     """
     raw = Path(root).expanduser().absolute() / folder / "raw"
     stems = [f"{part}-{what}-ubyte" for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1")]
-    missing = [stem for stem in stems if _present(raw, stem) is None]
+    missing = [f"{stem}.gz" for stem in stems if _present(raw, stem) is None]
     if missing:
-        try:
-            _fetch(name, folder, raw, missing)
-        except Exception as cause:      # torchvision's own errors are of many kinds
-            raise DataError(f"dataset={name}: {', '.join(missing)} not found in {raw}, and fetching failed: "
-                            f"{line(cause)}. Put the files there, plain or .gz (dataset.root or LBP_DATA is "
-                            f"the folder that holds {folder}/), or use dataset={instead} meanwhile"
-                            ) from cause
+        source = getattr(optional("torchvision.datasets", name), folder)
+        md5 = dict(source.resources)
+        for i, file in enumerate(missing):
+            try:
+                fetch([mirror + file for mirror in source.mirrors], raw / file, md5[file])
+            except DataError as cause:
+                also = "".join(f", and {other} (md5 {md5[other]})" for other in missing[i + 1:])
+                raise DataError(f"dataset={name}: {cause}{also}, packed or not (dataset.root or LBP_DATA is "
+                                f"the folder that holds {folder}/), or use dataset={instead} meanwhile"
+                                ) from cause
     x, y, x_test, y_test = (read_idx(_present(raw, stem)) for stem in stems)
     return Arrays(x[:, None], y.astype(np.int64), x_test[:, None], y_test.astype(np.int64), "image", classes)
 
 
 def read_idx(file: Path) -> np.ndarray:
-    """The uint8 array of an IDX file, plain or gzipped: magic 0, 0, type 8, dimensions; big-endian sizes;
-    bytes."""
+    """
+    The uint8 array of an IDX file, plain or gzipped: magic 0, 0, type 8, dimensions; big-endian sizes; bytes.
+
+    A .gz is held to the checksum inside it: the published MD5 would refuse the same images packed anew. A
+    plain file has none, so its header must agree with its length. Raises DataError.
+    """
     try:
         with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as f:
             zero, kind, dims = struct.unpack(">HBB", f.read(4))
@@ -67,27 +69,4 @@ def read_idx(file: Path) -> np.ndarray:
 
 
 def _present(raw: Path, stem: str) -> Path | None:
-    return next((file for file in (raw / stem, raw / f"{stem}.gz") if file.is_file()), None)
-
-
-def _fetch(name: str, folder: str, raw: Path, missing: list[str]) -> None:
-    """Fetches beside the destination and moves file by file, so that no half file is ever taken for a good
-    one."""
-    made = [p for p in (raw, *raw.parents) if not p.exists()]
-    scratch, waited = None, socket.getdefaulttimeout()
-    try:
-        raw.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".fetch-", dir=raw))
-        torchvision = optional("torchvision.datasets", name)
-        socket.setdefaulttimeout(TIMEOUT)
-        getattr(torchvision, folder)(scratch, download=True)
-        for stem in missing:
-            os.replace(scratch / folder / "raw" / stem, raw / stem)
-    finally:
-        socket.setdefaulttimeout(waited)
-        if scratch:
-            shutil.rmtree(scratch, ignore_errors=True)
-        with contextlib.suppress(OSError):      # what was made for nothing goes again
-            for path in made:
-                path.rmdir()
-
+    return next((file for file in (raw / stem, raw / f"{stem}.gz") if os.path.isfile(file)), None)

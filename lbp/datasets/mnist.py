@@ -5,6 +5,5 @@ from lbp.datasets.idx import idx_images
 
 
 def mnist(*, root: str) -> Arrays:
-    """Images (N, 1, 28, 28) uint8, 10 classes, from `root`/MNIST/raw or fetched into it through
-    torchvision."""
+    """Images (N, 1, 28, 28) uint8, 10 classes, from `root`/MNIST/raw or fetched into it."""
     return idx_images("mnist", root, "MNIST", [str(i) for i in range(10)], instead="mnist5k")

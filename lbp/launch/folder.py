@@ -3,54 +3,137 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
+import shutil
 import subprocess
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
-import torch
 import yaml
 
 from lbp.config import Config, slug
-from lbp.errors import ConfigError
+from lbp.errors import ConfigError, DataError
 from lbp.logs.jsonl import plain
-from lbp.training.environment import Environment, hardware, versions
 
 
-def create(config: Config) -> Path:
-    """A new folder `outputs/DATE/TIME-ALGO-DATASET-sSEED-SUFFIX`, or `run.dir`. Raises ConfigError if that is taken."""
+@dataclass
+class Place:
+    """A folder, and what was made for it, from the outermost on."""
+
+    folder: Path
+    made: list[Path]
+
+    def discard(self) -> None:
+        """Takes everything back: nothing was run."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):
+            for path in reversed(self.made[:-1]):
+                path.rmdir()
+
+
+def create(config: Config) -> Place:
+    """A new folder `outputs/DATE/TIME-ALGO-DATASET-sSEED-SUFFIX`, or `run.dir`, with the configuration in it.
+
+    Raises ConfigError if it is taken or cannot be made."""
     values, run, now = config.values, config.values["run"], datetime.now()
     name = slug(run["name"] or f"{config.options['algo']}-{config.options['dataset']}")
     folder = Path(run["dir"]) if run["dir"] else (
         Path("outputs") / f"{now:%Y-%m-%d}" / f"{now:%H%M%S}-{name}-s{values['seed']}-{secrets.token_hex(3)}")
+    place = Place(folder, [p for p in reversed((folder, *folder.parents)) if not p.exists()])
     try:
         folder.mkdir(parents=True)
+        write(config, folder)
+        (folder / "overrides.yaml").write_text(yaml.safe_dump(config.typed), encoding="utf-8")
     except FileExistsError:
-        raise ConfigError(f"run.dir={folder}: exists already, and no run is ever overwritten; choose another") from None
+        raise ConfigError(f"run.dir={folder}: exists already, and no run is ever overwritten; choose another, "
+                          "or go on with it by lbp resume") from None
     except OSError as error:
         raise ConfigError(f"{folder}: the run's folder cannot be made ({error.strerror}); set run.dir") from None
-    return folder
+    return place
 
 
-def describe(folder: Path, config: Config, environment: Environment) -> None:
-    """Writes config.yaml, overrides.yaml and meta.json."""
-    (folder / "config.yaml").write_text(config.yaml(), encoding="utf-8")
-    (folder / "overrides.yaml").write_text(yaml.safe_dump(config.typed), encoding="utf-8")
-    write_json(folder / "meta.json", {
-        "versions": versions(), "git": git(), "hardware": hardware(environment.device), "device": str(environment.device),
-        "threads": torch.get_num_threads(), "precision": environment.precision,
-        "determinism": {"level": environment.determinism, "caveats": list(environment.caveats)},
-        "flush_denormal": environment.device.type == "cpu", "started": datetime.now().astimezone().isoformat()})
+def write(config: Config, folder: Path) -> None:
+    """config.yaml, and in meta.json how the configuration came about."""
+    text(folder / "config.yaml", config.yaml())
+    add_meta(folder, options=config.options, chosen=config.chosen, dropped=config.dropped)
+
+
+def read(folder: Path) -> Config:
+    """The configuration as it was written: neither composed nor checked again. Raises DataError."""
+    try:
+        how = meta(folder)
+        values = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
+        typed = yaml.safe_load((folder / "overrides.yaml").read_text("utf-8"))
+        return Config(values, how["options"], typed, *([tuple(row) for row in how[key]] for key in ("chosen", "dropped")))
+    except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
+        raise DataError(f"{folder}: its config.yaml, meta.json or overrides.yaml is missing, damaged, or of another lbp "
+                        f"({type(error).__name__}: {error}); lbp rerun starts the experiment over") from None
+
+
+def describe(folder: Path, environment, world: int) -> None:
+    """In meta.json: with what the run is computed."""
+    import torch
+
+    from lbp.training.environment import hardware, versions
+
+    add_meta(folder, versions=versions(), git=git(), hardware=hardware(environment.device), device=str(environment.device),
+             ranks=world, threads=torch.get_num_threads(), precision=environment.precision,
+             determinism={"level": environment.determinism, "caveats": list(environment.caveats)},
+             flush_denormal=environment.device.type == "cpu", started=datetime.now().astimezone().isoformat())
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the folder while a run writes into it; the system lets go of it when the process ends, however it does.
+
+    Raises ConfigError where another process holds it."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(f"{folder}: another process is training this run; wait for it, or stop it first") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def status(folder: Path) -> str:
+    with suppress(OSError):
+        return (folder / "STATUS").read_text().strip()
+    return "running"
 
 
 def set_status(folder: Path, status: str) -> None:
     """running | done | failed | interrupted | diverged"""
-    (folder / "STATUS").write_text(status + "\n")
+    with suppress(OSError):  # a full disk: the error itself is told elsewhere
+        text(folder / "STATUS", status + "\n")
+
+
+def text(path: Path, content: str) -> None:
+    """Writes a small file, whole or not at all."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(content, encoding="utf-8")
+    os.replace(beside, path)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(plain(content), indent=1) + "\n", encoding="utf-8")
+    text(path, json.dumps(plain(content), indent=1) + "\n")
+
+
+def meta(folder: Path) -> dict[str, Any]:
+    path = folder / "meta.json"
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+
+def add_meta(folder: Path, **more: Any) -> None:
+    write_json(folder / "meta.json", meta(folder) | more)
 
 
 def git() -> dict[str, str] | None:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import traceback
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from lbp import interrupt, ranks
 from lbp.config import Config
 from lbp.datasets.data import Arrays
-from lbp.errors import Diverged
+from lbp.errors import ConfigError, DataError, Diverged, out_of_resources
 from lbp.launch import folder as folders
+from lbp.launch.ranks import spread
+from lbp.launch.runs import find_run
 from lbp.logs.console import Console, say
 from lbp.logs.jsonl import Jsonl
 from lbp.logs.wandb import Wandb
+from lbp.training.checkpoint import Checkpoints
 from lbp.training.loop import epochs_of, train as train_loop
 from lbp.training.setup import Experiment, build
 
@@ -29,7 +37,7 @@ class Result:
 
 
 class Logs:
-    """Every logger of a run behind one `write` and one `close`."""
+    """Every logger of a run behind one; the first is the record. Of the first rank alone: elsewhere there are none."""
 
     def __init__(self, *logs):
         self.logs = logs
@@ -38,54 +46,134 @@ class Logs:
         for log in self.logs:
             log.write(record)
 
+    def length(self) -> int:
+        return self.logs[0].length() if self.logs else 0
+
+    def sync(self) -> None:
+        self.logs[0].sync()
+
     def close(self, status: str, summary: dict[str, Any]) -> None:
         for log in self.logs:
-            log.close(status, summary)
+            with suppress(OSError):
+                log.close(status, summary)
 
 
 def run(config: Config, arrays: Arrays | None = None) -> Result:
-    """Builds, trains and records one run. Nothing is written before everything is built.
+    """Builds, trains and records one run; its folder goes again where the configuration or the data is refused.
 
-    Raises what lbp.errors names; STATUS and log.txt of the run's folder then say what happened.
+    Raises what lbp.errors names, and interrupt.Interrupted; STATUS and log.txt of the run's folder then say what happened.
     """
-    values = config.values
-    experiment = build(values, arrays)
-    folder = folders.create(config)
-    folders.set_status(folder, "running")
-    folders.describe(folder, config, experiment.environment)
-    trainer, task = values["trainer"], experiment.data.task
-    epochs = sum(epochs_of(phase, trainer) for phase in experiment.rule.phases())
+    with interrupt.listening(command=False):
+        place = create(config)
+        experiment = start(config, place.folder, place, arrays=arrays)
+    if experiment is None:  # other processes trained it
+        from lbp.launch.trained import restored
+
+        experiment, _ = restored(place.folder, "last", [])
+    summary = json.loads((place.folder / "summary.json").read_text("utf-8"))
+    return Result(summary, place.folder, experiment.network, experiment.rule)
+
+
+def create(config: Config) -> folders.Place:
+    """The folder of a new run. A run to begin with, by name, is looked up now, so that config.yaml says which it is."""
+    source = config.values["run"]["init_from"]
+    if source and not Path(source).is_file():
+        source = find_run(source) / "checkpoints" / "last.pt"
+    config.values["run"]["init_from"] = str(Path(source).absolute()) if source else None
+    return folders.create(config)
+
+
+def start(config: Config, folder: Path, place: folders.Place | None, world: int = 0,
+          arrays: Arrays | None = None) -> Experiment | None:
+    """Trains a run in its folder, new or not: here, or in as many processes as it takes (then there is no Experiment
+    to return). `place`: what to take back where a new run is refused; `world`: ranks that an old one was trained by."""
+    try:
+        count = world or how_many(config.values)
+        if count > 1 and ranks.expected() == 1:
+            if arrays is not None:
+                raise ConfigError(f"launch.ranks={count}: other processes cannot see these arrays; write them by "
+                                  "np.savez(PATH, x=x, y=y) and use dataset=files dataset.file=PATH")
+            return spread(folder, count, new=place is not None)
+        return train(config, folder, arrays, new=place is not None)
+    except (ConfigError, DataError):
+        if place and not (folder / "metrics.jsonl").exists():
+            place.discard()
+        raise
+
+
+def how_many(values: dict[str, Any]) -> int:
+    """The number of ranks that launch.ranks asks for."""
+    asked, started = values["launch"]["ranks"], ranks.expected()
+    if started > 1 and asked not in ("auto", started):
+        raise ConfigError(f"launch.ranks={asked}: {started} ranks were started from outside; leave it out")
+    if started > 1 or asked != "auto":
+        return started if started > 1 else asked
+    on_gpu = values["trainer"]["device"] != "cpu" and torch.cuda.is_available()
+    return max(1, torch.cuda.device_count()) if on_gpu else 1
+
+
+def train(config: Config, folder: Path, arrays: Arrays | None = None, new: bool = True) -> Experiment:
+    """This rank's part of a run: the whole where there is but one."""
+    values, status, summary, log = config.values, "failed", {}, Logs()
+    on_gpu = values["trainer"]["device"] != "cpu" and torch.cuda.is_available()
+    ranks.join(values["launch"]["timeout"], on_gpu)
+    first = ranks.rank() == 0
+    with folders.locked(folder) if first else nullcontext():
+        content, problems = Checkpoints(folder / "checkpoints").latest() if first and not new else (None, [])
+        if first:
+            folders.set_status(folder, "running")
+            interrupt.last_words = lambda: folders.set_status(folder, "interrupted")
+        try:
+            content = ranks.from_first(content)
+            experiment = build(values, arrays, begun=content is not None)
+            with interrupt.deferred():
+                if first:
+                    log = logs_of(config, experiment, folder, content, problems)
+                found = train_loop(experiment, log, folder, content)
+                if first:
+                    status = "done"
+                    summary = {"status": status, **{kind: config.options[kind] for kind in ("algo", "dataset", "arch")},
+                               "seed": values["seed"], **found}
+                    folders.write_json(folder / "summary.json", summary)
+                    for line in result_lines(summary, experiment.data.task.metric, folder):
+                        log.logs[1].line(line)
+            return experiment
+        except BaseException as error:
+            status = ("diverged" if isinstance(error, Diverged) else
+                      "interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed")
+            if first and not (isinstance(error, (ConfigError, DataError)) and not log.logs):
+                with suppress(OSError), open(folder / "log.txt", "a", encoding="utf-8") as file:
+                    file.write(traceback.format_exc())
+                error.add_note(f"lbp resume {folder.name} goes on" if status == "interrupted" else
+                               f"the run's folder: {folder} (log.txt has the traceback)")
+            if resource := out_of_resources(error, f"trainer.batch_size={values['trainer']['batch_size']}"):
+                raise resource from error
+            raise
+        finally:
+            log.close(status, summary)
+            if first:
+                folders.set_status(folder, status)
+            ranks.leave()
+
+
+def logs_of(config: Config, experiment: Experiment, folder: Path, content: dict[str, Any] | None, problems: list[str]) -> Logs:
+    """Opens the logs, tells what is to be trained, and where it goes on."""
+    values, task = config.values, experiment.data.task
+    folders.describe(folder, experiment.environment, ranks.world())
+    epochs = sum(epochs_of(phase, values["trainer"]) for phase in experiment.rule.phases())
     console = Console(folder / "log.txt", epochs, task.metric, experiment.data.val is not None,
                       quiet=values["logger"]["console"] == "off")
     for line in header(config, experiment, folder):
         console.line(line)
-    logs = [Jsonl(folder / "metrics.jsonl"), console]
+    for problem in problems:
+        console.line(f"warning: passed over {problem}")
+    if content:
+        state = content["state"]
+        console.line(f"goes on at step {state['step']}: epoch {state['epoch'] + 1}, batch {state['batch'] + 1}")
+    logs = [Jsonl(folder / "metrics.jsonl", content["state"]["lines"] if content else 0), console]
     if values["logger"]["wandb"]["mode"] != "disabled":
         logs.append(Wandb(values["logger"]["wandb"], values, folder))
-    log, status, summary = Logs(*logs), "failed", {}
-    try:
-        found = train_loop(experiment, log, folder)
-        status = "done"
-        summary = {"status": status, **{kind: config.options[kind] for kind in ("algo", "dataset", "arch")},
-                   "seed": values["seed"], **found}
-        folders.write_json(folder / "summary.json", summary)
-        for line in result_lines(summary, task.metric, folder):
-            console.line(line)
-    except BaseException as error:
-        status = ("diverged" if isinstance(error, Diverged) else
-                  "interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed")
-        console.file.write(traceback.format_exc())
-        error.add_note(f"the run's folder: {folder} (log.txt has the traceback)")
-        raise
-    finally:
-        log.close(status, summary)
-        folders.set_status(folder, status)
-    return Result(summary, folder, experiment.network, experiment.rule)
-
-
-def train(config: Config) -> None:
-    """`lbp train`: one run."""
-    run(config)
+    return Logs(*logs)
 
 
 def dry_run(config: Config) -> None:

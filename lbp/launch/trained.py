@@ -24,7 +24,7 @@ def restored(run: Path, which: str, overrides: list[str]) -> tuple[Experiment, d
         if text.split("=")[0].split(".")[0] not in ("dataset", "trainer"):
             raise ConfigError(f"{text}: only dataset.* and trainer.* can be changed for a trained run")
     content = checkpoints.load(run / "checkpoints" / f"{which}.pt")
-    experiment = build(compose(overrides, file=run / "config.yaml").values)
+    experiment = build(compose(overrides, file=run / "config.yaml").values, begun=True)
     try:
         experiment.rule.load_state_dict(content["rule"])
     except RuntimeError as error:
@@ -41,7 +41,7 @@ def evaluate_run(run: Path, split: str, checkpoint: str, overrides: list[str]) -
         raise ConfigError(f"--split {split}: this run has none (dataset.val_size=0); use --split test")
     found = evaluate(experiment.rule, experiment.data.task, part, experiment.environment)
     metric = experiment.data.task.metric
-    say(f"{split} of {experiment.data.name} ({len(part):,} samples), {checkpoint} checkpoint (epoch {content['epoch']}): "
+    say(f"{split} of {experiment.data.name} ({len(part):,} samples), {checkpoint} checkpoint (epoch {content['state']['epoch']}): "
         f"{metric} {found[metric]:.4f}  loss {found['loss']:.4f}")
 
 
@@ -69,7 +69,7 @@ def export_run(run: Path, checkpoint: str, to: Path | None) -> Path:
         program = torch.export.export(Predictor(experiment.rule), (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     torch.export.save(program, path)
     values = experiment.values["dataset"]
-    say(f"{path}: epoch {content['epoch']}, inputs (batch, {', '.join(map(str, experiment.data.task.in_shape))}) as "
+    say(f"{path}: epoch {content['state']['epoch']}, inputs (batch, {', '.join(map(str, experiment.data.task.in_shape))}) as "
         f"dataset={experiment.data.name} dataset.normalize={values['normalize']} gives them")
     say(f"load: torch.export.load({str(path)!r}).module()")
     return path

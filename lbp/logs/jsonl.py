@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,25 @@ def plain(value: Any) -> Any:
 
 
 class Jsonl:
-    """metrics.jsonl: the record of a run, one object a line, each line written whole and at once."""
+    """metrics.jsonl: the record of a run, one object a line, each line written whole and at once.
 
-    def __init__(self, path: Path):
-        self.file = open(path, "a", encoding="utf-8", buffering=1)
+    `length`: bytes to keep of a file that is there: what came later will come again."""
+
+    def __init__(self, path: Path, length: int = 0):
+        self.file = open(path, "ab", buffering=0)
+        self.file.truncate(min(length, self.file.tell()))
 
     def write(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(plain(record)) + "\n")
+        line = (json.dumps(plain(record)) + "\n").encode()
+        while line:
+            line = line[self.file.write(line):]
+
+    def length(self) -> int:
+        return os.fstat(self.file.fileno()).st_size
+
+    def sync(self) -> None:
+        """What was written survives a loss of power."""
+        os.fdatasync(self.file.fileno())
 
     def close(self, status: str, summary: dict[str, Any]) -> None:
         self.file.close()

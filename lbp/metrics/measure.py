@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lbp import ranks
 from lbp.archs.network import block_of
 
 
@@ -24,13 +25,15 @@ class Measure:
         self.parameters = dict(self.network.named_parameters())
         self.names = {id(p): name for name, p in self.parameters.items()}
 
-    def before(self, x: Tensor, y: Tensor) -> None:
+    def before(self, x: Tensor, y: Tensor, count: int | None = None) -> None:
+        """`count`: targets of the whole batch, of which x and y are this rank's share."""
         devices = [x.device] if x.is_cuda else []
         with torch.random.fork_rng(devices), _buffers_kept(self.network):
             self.activations, self.shadow = self._backprop(x, y)
         self.weights = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.left: dict[str, Tensor] = {}
-        self.count = self.task.count(y)
+        self.count = self.task.count(y) if count is None else count
+        self.rows = len(x)
 
     def collect(self, moving: list[nn.Parameter]) -> None:
         """Adds up what the rule left in `.grad` of the network's parameters."""
@@ -42,6 +45,7 @@ class Measure:
     def record(self, blocks: dict[str, dict[str, Tensor]]) -> dict:
         """{"layers": {block: {metric: value}}, "total": {metric: value}}: angles in degrees, norms of gradients that are
         averaged over targets. What is undefined is absent."""
+        blocks = self._over_ranks(blocks)
         feedback = {block: products_of(*pair) for block, pair in self.rule.feedback().items()}
         products = {name: products_of(left, self.shadow[name]) for name, left in self.left.items()}
         members: dict[str, list[str]] = {name: [] for name in self.network.blocks}
@@ -59,7 +63,7 @@ class Measure:
                 values["update_ratio"] = moved / size
             if block in feedback:
                 values["feedback_alignment_deg"] = angle(feedback[block])
-            values.update({key: float(value) for key, value in blocks.get(block, {}).items()})
+            values.update(blocks.get(block, {}))
             layers[block] = {key: value for key, value in values.items() if value is not None and math.isfinite(value)}
         total = self._compared(products, list(self.parameters))
         if feedback:
@@ -90,8 +94,22 @@ class Measure:
                 h = block(h)
                 activations[name] = _activity(h.detach())
             gradients = torch.autograd.grad(self.task.loss(h, y).sum(), list(self.parameters.values()), allow_unused=True)
-        return activations, {name: torch.zeros_like(p) if g is None else g
-                             for (name, p), g in zip(self.parameters.items(), gradients)}
+        gradients = {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(self.parameters.items(), gradients)}
+        ranks.total(gradients.values())
+        return activations, gradients
+
+    def _over_ranks(self, blocks: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, float]]:
+        """A rule's own values, each a mean over this rank's rows, as means over the whole batch."""
+        names = [(block, key) for block, values in blocks.items() for key in values]
+        if not names:
+            return {}
+        means = torch.stack([blocks[block][key].double() for block, key in names] + [torch.ones((), dtype=torch.float64)
+                             .to(next(self.network.parameters()).device)]) * self.rows
+        ranks.total([means])
+        found: dict[str, dict[str, float]] = {}
+        for (block, key), value in zip(names, (means[:-1] / means[-1]).tolist()):
+            found.setdefault(block, {})[key] = value
+        return found
 
 
 class _buffers_kept:
@@ -113,9 +131,16 @@ def _activity(h: Tensor) -> dict[str, float]:
     """Mean, std, and the share of units (channels of maps) that are dead: that do not vary over batch and positions."""
     h = h.float() if h.dtype == torch.bfloat16 else h
     units = h.transpose(0, 1).flatten(1) if h.dim() > 1 else h[None]
-    dead = (units.amax(1) == units.amin(1)).to(h.dtype).mean()
+    ends = ranks.most(torch.stack([units.amax(1), -units.amin(1)]))
+    mean, spread = h.mean(), h.std(correction=0)
+    if ranks.world() > 1:  # of several parts as of the whole
+        sums = torch.stack([mean.new_ones(()), mean, spread.square() + mean.square()]).double() * h.numel()
+        ranks.total([sums])
+        mean = sums[1] / sums[0]
+        spread = (sums[2] / sums[0] - mean.square()).clamp(min=0).sqrt()
+    dead = (ends[0] == -ends[1]).to(h.dtype).mean()
     return dict(zip(("activation_mean", "activation_std", "dead_fraction"),
-                    torch.stack([h.mean(), h.std(correction=0), dead]).tolist()))
+                    torch.stack([mean.to(h.dtype), spread.to(h.dtype), dead]).tolist()))
 
 
 def norm(tensors: list[Tensor]) -> float:

@@ -1,4 +1,4 @@
-"""The one place where weights move: averages, guards, clips and steps what a rule left in `.grad`."""
+"""The one place where weights move: sums over ranks, guards, averages, clips and steps what a rule left in `.grad`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lbp import ranks
 from lbp.errors import Diverged
 
 
 class Apply:
     """`apply(group)` steps the parameters of a group that have a gradient, and clears them.
 
-    Gradients come in as sums over targets and are divided here, once, by `count`, the batch's number of targets; set it
-    before each batch. `loss`, where a caller gives one, must be finite, or nothing moves and Diverged is raised; where
-    none is given the gradient itself is tested. `clip` bounds the norm of a group's averaged gradient. `observe`,
-    if set, is called with the group's parameters before anything is changed.
+    Gradients come in as sums over this rank's targets; they are summed over the ranks and divided here, once, by
+    `count`, the whole batch's number of targets; set it before each batch. Where a gradient or the `loss` that a caller
+    gives is not finite nothing of the group moves, all gradients are cleared and Diverged is raised. `clip` bounds the norm of a
+    group's averaged gradient. `observe`, if set, is called with the group's parameters before anything is changed.
+
+    `still` stays true while every gradient that came was exactly zero.
 
     Works with any torch optimizers, one a group; groups without one are an error.
     """
@@ -30,15 +33,20 @@ class Apply:
         self.groups, self.optimizers, self.clip = groups, optimizers, clip
         self.count = 1
         self.observe = None
+        self.still = True
         self.base = {name: [g["lr"] for g in o.param_groups] for name, o in optimizers.items()}
 
     def __call__(self, group: str, loss: Tensor | None = None) -> None:
         moving = [p for p in self.groups[group] if p.grad is not None]
         if not moving:
             return
-        # The loss is finite or no gradient need be looked at; testing it is free, testing them is not.
-        tested = loss if loss is not None else torch.stack([p.grad.sum() for p in moving])
-        self._guard(group, "loss" if loss is not None else "update", tested.sum())
+        tested = moving[0].new_zeros(()) if loss is None else loss.detach().sum().to(moving[0].dtype)
+        ranks.total([*(p.grad for p in moving), tested])
+        # A sum is finite where its terms are, and takes one pass; all of them are read back at once.
+        *sums, loss_sum = torch.stack([*(p.grad.sum() for p in moving), tested]).tolist()
+        self._guard(group, "loss", loss_sum)
+        self._guard(group, "update", sum(sums))
+        self.still = self.still and not any(sums)
         if self.observe:
             self.observe(moving)
         if self.count:  # a batch whose targets are all masked moves nothing
@@ -50,7 +58,7 @@ class Apply:
         for p in moving:
             p.grad = None
 
-    def _guard(self, group: str, what: str, value: Tensor) -> None:
+    def _guard(self, group: str, what: str, value: Tensor | float) -> None:
         if not math.isfinite(value):
             self.clear()
             raise Diverged(f"the {what} of group {group!r} became non-finite; lower optimizer.lr, or set trainer.clip")
@@ -70,3 +78,10 @@ class Apply:
         for parameters in self.groups.values():
             for p in parameters:
                 p.grad = None
+
+    def state_dict(self) -> dict[str, dict]:
+        return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+
+    def load_state_dict(self, state: Mapping[str, dict]) -> None:
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state[name])

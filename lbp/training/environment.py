@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from lbp import ranks
 from lbp.errors import ConfigError
 
 
@@ -43,7 +44,8 @@ class Environment:
         return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
     def described(self) -> str:
-        return (f"{hardware(self.device)}, {torch.get_num_threads()} threads, {self.precision}, "
+        many = f"{ranks.world()} ranks of " if ranks.world() > 1 else ""
+        return (f"{many}{hardware(self.device)}, {torch.get_num_threads()} threads, {self.precision}, "
                 f"determinism {self.determinism} ({'; '.join(self.caveats)})")
 
 
@@ -54,8 +56,14 @@ def prepare(trainer: dict, seed: int) -> Environment:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("trainer.device=cuda: this machine has no usable CUDA device; use trainer.device=cpu")
+    number, beside = ranks.local()
+    if device == "cuda" and beside > torch.cuda.device_count():
+        raise ConfigError(f"launch.ranks={beside}: this machine has {torch.cuda.device_count()} CUDA device(s), one for each rank; "
+                          "use fewer ranks, or trainer.device=cpu")
     if trainer["threads"]:
         torch.set_num_threads(trainer["threads"])
+    elif beside > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // beside))
     # Dead ReLU units leave optimizer moments that decay into denormal numbers, on which CPUs are several times slower.
     torch.set_flush_denormal(True)
     level = trainer["determinism"]
@@ -72,7 +80,26 @@ def prepare(trainer: dict, seed: int) -> Environment:
     }[level] + ("holds for this hardware, torch version and thread count",)
     seed_all(seed, "start")
     dtype = torch.float64 if trainer["precision"] == "fp64" else torch.float32
-    return Environment(torch.device(device), dtype, trainer["precision"], level, caveats)
+    if device == "cuda":
+        torch.cuda.set_device(number)
+    return Environment(torch.device(device, number) if device == "cuda" else torch.device(device), dtype, trainer["precision"], level, caveats)
+
+
+def generators() -> dict:
+    """The state of every ambient generator, as plain things."""
+    kind, keys, *rest = np.random.get_state()
+    state = {"torch": torch.get_rng_state(), "python": random.getstate(),
+             "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest)}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def set_generators(state: dict) -> None:
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def seed_all(seed: int, purpose: str) -> None:

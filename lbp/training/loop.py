@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,128 +10,270 @@ from typing import Any
 
 from torch import Tensor
 
+from lbp import interrupt, ranks
 from lbp.algos.rule import Learned, Phase
-from lbp.errors import Diverged
+from lbp.errors import ConfigError, Diverged
 from lbp.metrics.measure import Measure
-from lbp.training import checkpoint
-from lbp.training.environment import seed_all
+from lbp.training.checkpoint import Checkpoints
+from lbp.training.environment import generators, seed_all, set_generators
 from lbp.training.optim import schedule
-from lbp.training.results import State, evaluate, summarise
+from lbp.training.results import State, evaluate, over_ranks, summarise
 from lbp.training.setup import Experiment
+
+CHECKPOINT_S = 300      # seconds between checkpoints within an epoch, where no number of steps is asked for
 
 
 def epochs_of(phase: Phase, trainer: dict[str, Any]) -> int:
     return 1 if phase.fit else trainer["epochs"] if phase.epochs is None else phase.epochs
 
 
-def train(experiment: Experiment, log, folder: Path) -> dict[str, Any]:
-    """Trains to the end and returns the summary of results. `log.write(record)` receives every line of metrics.jsonl."""
-    from torch.utils.flop_counter import FlopCounterMode  # here: importing it costs a second, which is no step's time
+def train(experiment: Experiment, log, folder: Path, content: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Trains to the end, from the start or from a checkpoint's content, and returns the summary of results.
 
-    data, rule, apply, env = experiment.data, experiment.rule, experiment.apply, experiment.environment
-    task, trainer, every = data.task, experiment.values["trainer"], experiment.values["metrics"]["every"]
-    started, state, measure = time.perf_counter(), State(), Measure(rule, task)
-    deadline = started + 60 * trainer["max_minutes"] if trainer["max_minutes"] else float("inf")
-    phases = [(phase, epochs_of(phase, trainer)) for phase in rule.phases()]
-    total_steps = data.train.steps * sum(epochs for phase, epochs in phases if not phase.fit)
-    factor = schedule(experiment.values["schedule"], data.train.steps, total_steps)
-    seed_all(experiment.values["seed"], "training")
+    `log.write(record)` receives every line of metrics.jsonl; `log.sync()` says how long that is now. Raises
+    interrupt.Interrupted, with a checkpoint written, where a signal asks for it.
+    """
+    return Loop(experiment, log, folder, content).run()
 
-    def learn(phase: Phase) -> None:
-        """One epoch of batches."""
-        began, loss, score, targets, warm_up = time.perf_counter(), 0.0, 0.0, 0, 0.0
-        for x, y in data.train.batches(state.epoch):
-            measuring = every and ((state.step + 1) % every == 0 or state.step in (0, total_steps - 1))
+
+class Loop:
+    def __init__(self, experiment: Experiment, log, folder: Path, content: dict[str, Any] | None):
+        self.experiment, self.log, self.folder = experiment, log, folder
+        self.data, self.rule, self.apply, self.env = experiment.data, experiment.rule, experiment.apply, experiment.environment
+        self.task, self.trainer, self.every = self.data.task, experiment.values["trainer"], experiment.values["metrics"]["every"]
+        self.checkpoints, self.state, self.measure = Checkpoints(folder / "checkpoints"), State(), Measure(self.rule, self.task)
+        self.statistics = [b for b in experiment.network.buffers() if b.is_floating_point()]  # of norms: a forward pass moves them
+        self.phases = [(phase, epochs_of(phase, self.trainer)) for phase in self.rule.phases()]
+        self.total_steps = self.data.train.steps * sum(epochs for phase, epochs in self.phases if not phase.fit)
+        self.factor = schedule(experiment.values["schedule"], self.data.train.steps, self.total_steps)
+        self.late, self.saved, self.warned = False, None, set()
+        seed_all(experiment.values["seed"], f"training {ranks.rank()}" if ranks.rank() else "training")
+        if content:
+            self.restore(content)
+        self.began = self.mark = self.saved_at = time.perf_counter()
+        minutes = self.trainer["max_minutes"]
+        self.deadline = self.began + 60 * minutes - self.state.wall_s if minutes else float("inf")
+
+    def run(self) -> dict[str, Any]:
+        state = self.state
+        for number, (phase, epochs) in enumerate(self.phases):
+            if number > state.phase and not self.late:
+                state.phase, state.phase_epoch, state.without_gain = number, 0, 0
+            while number == state.phase and state.phase_epoch < epochs and not self.enough():
+                self.rule.train()
+                try:
+                    self.fit(phase) if phase.fit else self.learn(phase)
+                    if not self.late:
+                        self.close_epoch(phase)
+                except Diverged as error:
+                    error.add_note(f"at step {state.step + 1}, in epoch {state.epoch + 1}"
+                                   + (f"; checkpoints/last.pt holds step {self.saved}" if self.saved is not None else ""))
+                    raise
+        self.tick()
+        summary = summarise(self.experiment, state, self.folder)
+        self.log.write({"step": state.step, "epoch": state.epoch, "split": "test", "loss": summary["test_loss"],
+                        self.task.metric: summary[f"test_{self.task.metric}"]})
+        return summary
+
+    def enough(self) -> bool:
+        return self.late or bool(self.trainer["patience"]) and self.state.without_gain >= self.trainer["patience"]
+
+    def learn(self, phase: Phase) -> None:
+        """The batches of an epoch that are still to come."""
+        from torch.utils.flop_counter import FlopCounterMode  # here: importing it costs a second, which is no step's time
+
+        state, apply, task, env = self.state, self.apply, self.task, self.env
+        self.mark, apply.still = time.perf_counter(), None
+        for x, y in self.data.train.batches(state.epoch, state.batch):
+            if self.ends_before(y):
+                return
+            measuring = self.every and ((state.step + 1) % self.every == 0 or state.step in (0, self.total_steps - 1))
             if measuring:
                 state.measure_s -= time.perf_counter()
                 with env.autocast():
-                    measure.before(x, y)
-                apply.observe = measure.collect
+                    self.measure.before(x, y, apply.count)
                 state.measure_s += time.perf_counter()
-            first, apply.count = state.step == 0, task.count(y)
+            apply.observe = self.measure.collect if measuring else None
+            first = state.step == 0
             # A compiled block runs no operation that could be counted.
-            counter = FlopCounterMode(display=False) if first and not trainer["compile"] else nullcontext()
-            apply.learning_rates(factor(state.step))
-            with counter, env.autocast():
-                learned = phase.learn(x, y, apply)
-            learned.loss = learned.loss.sum()
-            apply.finish(learned.loss)
+            counter = FlopCounterMode(display=False) if first and not self.trainer["compile"] else nullcontext()
+            apply.learning_rates(self.factor(state.step))
+            statistics = [b.clone() for b in self.statistics]
+            try:
+                with counter, env.autocast():
+                    learned = phase.learn(x, y, apply)
+                learned.loss = learned.loss.sum()
+                apply.finish(learned.loss)
+            except Diverged as error:
+                for buffer, before in zip(self.statistics, statistics):
+                    buffer.copy_(before)
+                self.nonfinite(error)
+                continue
+            if ranks.world() > 1:  # each rank's norms saw its own share
+                ranks.total(self.statistics)
+                for buffer in self.statistics:
+                    buffer /= ranks.world()
             state.step += 1
-            targets += apply.count
-            loss += learned.loss
+            state.batch += 1
+            state.targets += apply.count
+            state.loss += learned.loss
             if learned.out is not None:
-                score += task.score(learned.out, y)
-            if first and trainer["compile"]:
+                state.score += task.score(learned.out, y)
+            if first and self.trainer["compile"]:
                 env.synchronize()
-                warm_up = time.perf_counter() - began
+                self.mark = time.perf_counter()
             elif first:
                 state.flops_per_sample = counter.get_total_flops() / len(x)
             if measuring:
                 state.measure_s -= time.perf_counter()
-                apply.observe = None
-                log.write(measured(phase, learned, y))
+                self.log.write(self.measured(phase, learned, y))
                 state.measure_s += time.perf_counter()
-            if time.perf_counter() > deadline:
-                break
-        env.synchronize()
-        seconds = time.perf_counter() - began - warm_up
-        state.train_s += seconds
-        state.samples += targets
-        state.train = {"loss": float(loss) / targets}
-        if isinstance(score, Tensor):
-            state.train[task.metric] = task.metric_value(score)
-        ended(phase, samples_per_s=targets / seconds, learning_rate_factor=factor(state.step - 1))
+        self.lap()
 
-    def measured(phase: Phase, learned: Learned, y: Tensor) -> dict[str, Any]:
-        record = {"step": state.step, "epoch": state.epoch + 1, "split": "train", "phase": phase.name,
-                  "loss": float(learned.loss) / apply.count}
-        if learned.out is not None:
-            record[task.metric] = task.metric_value(task.score(learned.out, y))
-        record |= measure.record(learned.blocks)
+    def ends_before(self, y: Tensor) -> bool:
+        """Between two batches, where a run is whole: sees what every rank has to say, saves when that is due, and raises
+        Interrupted or returns True where the run ends here."""
+        now, every, state = time.perf_counter(), self.trainer["checkpoint_every"], self.state
+        due = state.step % every == 0 if every else now > self.saved_at + CHECKPOINT_S
+        asked, late, due, counts = ranks.gathered(interrupt.asked(), now > self.deadline, due and state.batch > 0, self.task.count(y))
+        self.apply.count = int(sum(counts))
+        self.late = bool(max(late)) and state.step > 0
+        if max(asked) or self.late or max(due) and state.step != self.saved:
+            self.lap()
+            self.save(self.content())
+            interrupt.answer(max(asked))
+        if self.late and state.targets:
+            state.train = self.means()
+        return self.late
+
+    def nonfinite(self, error: Diverged) -> None:
+        """A batch whose loss or update was not finite moved nothing: stop there, or leave it out."""
+        state, how, split = self.state, self.trainer["on_nonfinite"], self.data.train
+        rows = split.order(state.epoch)[state.batch * split.batch_size:][:split.batch_size]
+        if ranks.rank() == 0:
+            with open(self.folder / "nonfinite.jsonl", "a") as file:
+                file.write(json.dumps({"step": state.step + 1, "epoch": state.epoch + 1, "problem": str(error),
+                                       "samples": split.source[rows].tolist()}) + "\n")
+        if how == "stop":
+            error.add_note("nonfinite.jsonl names the samples of the batch; trainer.on_nonfinite=skip|restore would go on without it")
+            raise error
+        state.step, state.batch, state.nonfinite = state.step + 1, state.batch + 1, state.nonfinite + 1
+        self.warn(f"{error}; the batch is left out (trainer.on_nonfinite={how}, nonfinite.jsonl)")
+        if how == "restore":
+            content = ranks.from_first(self.checkpoints.latest()[0] if ranks.rank() == 0 else None)
+            if content:
+                self.rule.load_state_dict(content["rule"])
+                self.apply.load_state_dict(content["apply"])
+        if state.batch == split.steps and not state.targets:
+            raise Diverged(f"not one batch of epoch {state.epoch + 1} was finite; lower optimizer.lr")
+
+    def measured(self, phase: Phase, learned: Learned, y: Tensor) -> dict[str, Any]:
+        loss, score, _ = over_ranks(learned.loss, 0.0 if learned.out is None else self.task.score(learned.out, y), 0)
+        record = {"step": self.state.step, "epoch": self.state.epoch + 1, "split": "train", "phase": phase.name,
+                  "loss": float(loss) / self.apply.count}
+        if isinstance(score, Tensor):
+            record[self.task.metric] = self.task.metric_value(score)
+        record |= self.measure.record(learned.blocks)
         for layer, values in record["layers"].items():
-            state.layers.setdefault(layer, {}).update(values)
-        state.total.update(record["total"])
+            self.state.layers.setdefault(layer, {}).update(values)
+        self.state.total.update(record["total"])
         return record
 
-    def fit(phase: Phase) -> None:
-        """A phase that solves: the rule runs over the data as often as it needs."""
-        began, counter = time.perf_counter(), FlopCounterMode(display=False)
+    def fit(self, phase: Phase) -> None:
+        """A phase that solves: the rule runs over the data as often as it needs. Interrupted, it begins again."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        def batches(rows: int):
+            for x, y in self.data.train.passes(rows):
+                interrupt.poll()
+                if len(x):
+                    yield x, y
+
+        self.save(self.content())
+        self.mark, counter = time.perf_counter(), FlopCounterMode(display=False)
         with counter:
-            phase.fit(data.train.passes)
-        env.synchronize()
-        state.train_s += time.perf_counter() - began
-        state.samples += len(data.train)
-        state.flops_per_sample = counter.get_total_flops() / len(data.train)
-        state.train = evaluate(rule, task, data.train, env)
-        ended(phase)
+            phase.fit(batches)
+        self.env.synchronize()
+        self.lap()
+        self.state.targets = len(self.data.train)
+        self.state.flops_per_sample = sum(ranks.gathered(counter.get_total_flops())[0]) / len(self.data.train)
+        self.state.train = evaluate(self.rule, self.task, self.data.train, self.env)
 
-    def ended(phase: Phase, **values: float) -> None:
-        state.epoch += 1
-        log.write({"step": state.step, "epoch": state.epoch, "split": "train_epoch", "phase": phase.name,
-                   **state.train, **values})
+    def close_epoch(self, phase: Phase) -> None:
+        """Evaluates, logs and saves."""
+        state = self.state
+        whole = self.content()  # where an interrupted evaluation goes on
+        try:
+            found = evaluate(self.rule, self.task, self.data.val, self.env) if self.data.val else None
+        except interrupt.Interrupted:
+            if not phase.fit:
+                self.save(whole)
+            raise
+        values = {}
+        if not phase.fit:
+            state.train = self.means()
+            values = {"samples_per_s": state.targets / state.epoch_s, "learning_rate_factor": self.factor(state.step - 1)}
+        if self.apply.still:
+            self.warn("every gradient of this epoch was exactly zero: nothing is learned (dead units, or a learning signal of 0)")
+        state.epoch, state.phase_epoch = state.epoch + 1, state.phase_epoch + 1
+        state.train_s, state.samples = state.train_s + state.epoch_s, state.samples + state.targets
+        state.batch, state.targets, state.epoch_s, state.loss, state.score = 0, 0, 0.0, 0.0, 0.0
+        self.log.write({"step": state.step, "epoch": state.epoch, "split": "train_epoch", "phase": phase.name, **state.train, **values})
+        better = False
+        if found:
+            self.log.write({"step": state.step, "epoch": state.epoch, "split": "val", **found})
+            better = state.best is None or found[self.task.metric] > state.best
+            state.without_gain = 0 if better else state.without_gain + 1
+            if better:
+                state.best, state.best_epoch = found[self.task.metric], state.epoch
+        self.save(self.content(), best=better)
 
-    for phase, epochs in phases:
-        without_gain = 0
-        for _ in range(epochs):
-            rule.train()
-            try:
-                fit(phase) if phase.fit else learn(phase)
-            except Diverged as error:
-                error.add_note(f"at step {state.step + 1}, in epoch {state.epoch + 1}"
-                               + (f"; checkpoints/last.pt holds epoch {state.epoch}" if state.epoch else ""))
-                raise
-            content = {"rule": rule.state_dict(), "step": state.step, "epoch": state.epoch}
-            checkpoint.save(folder / "checkpoints/last.pt", content)
-            if data.val:
-                found = evaluate(rule, task, data.val, env)
-                log.write({"step": state.step, "epoch": state.epoch, "split": "val", **found})
-                without_gain += 1
-                if state.best is None or found[task.metric] > state.best:
-                    state.best, state.best_epoch, without_gain = found[task.metric], state.epoch, 0
-                    checkpoint.save(folder / "checkpoints/best.pt", content)
-            if trainer["patience"] and without_gain >= trainer["patience"] or time.perf_counter() > deadline:
-                break
-    summary = summarise(experiment, state, folder, time.perf_counter() - started)
-    log.write({"step": state.step, "epoch": state.epoch, "split": "test", "loss": summary["test_loss"],
-               task.metric: summary[f"test_{task.metric}"]})
-    return summary
+    def means(self) -> dict[str, float]:
+        """Loss and metric over the epoch so far."""
+        loss, score, _ = over_ranks(self.state.loss, self.state.score, 0)
+        found = {"loss": float(loss) / max(self.state.targets, 1)}
+        return found | ({self.task.metric: self.task.metric_value(score)} if isinstance(score, Tensor) else {})
+
+    def warn(self, text: str) -> None:
+        """Once for each kind of trouble."""
+        if (kind := text.split()[0]) not in self.warned:
+            self.warned.add(kind)
+            self.log.write({"step": self.state.step, "epoch": self.state.epoch, "split": "warning", "warning": text})
+
+    # Time and checkpoints
+
+    def lap(self) -> None:
+        """Counts the time since the mark as training."""
+        self.env.synchronize()
+        now = time.perf_counter()
+        self.state.epoch_s, self.mark = self.state.epoch_s + now - self.mark, now
+
+    def tick(self) -> None:
+        now = time.perf_counter()
+        self.state.wall_s, self.began = self.state.wall_s + now - self.began, now
+
+    def content(self) -> dict[str, Any]:
+        """Everything that training goes on from; every rank gives its part."""
+        self.tick()
+        self.state.lines = self.log.length()
+        mine = {"generators": generators(), "loss": self.state.loss, "score": self.state.score}
+        return {"values": self.experiment.values, "rule": self.rule.state_dict(), "apply": self.apply.state_dict(),
+                "state": dict(vars(self.state)), "ranks": ranks.everyones(mine)}
+
+    def save(self, content: dict[str, Any], best: bool = False) -> None:
+        if ranks.rank() == 0:
+            self.log.sync()
+            self.checkpoints.save(content, best)
+        self.saved, self.mark = content["state"]["step"], time.perf_counter()
+        self.saved_at = self.mark
+
+    def restore(self, content: dict[str, Any]) -> None:
+        if len(content["ranks"]) != ranks.world():
+            raise ConfigError(f"launch.ranks={ranks.world()}: the run was trained by {len(content['ranks'])} rank(s) and goes on with as many")
+        mine = content["ranks"][ranks.rank()]
+        self.rule.load_state_dict(content["rule"])
+        self.apply.load_state_dict(content["apply"])
+        for key, value in {**content["state"], "loss": mine["loss"], "score": mine["score"]}.items():
+            setattr(self.state, key, value.to(self.env.device) if isinstance(value, Tensor) else value)
+        set_generators(mine["generators"])
+        self.saved = self.state.step

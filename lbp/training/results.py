@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lbp import interrupt, ranks
 from lbp.algos.rule import LearningRule
 from lbp.datasets.data import Split
 from lbp.datasets.task import Task
@@ -20,10 +21,23 @@ from lbp.training.setup import Experiment
 
 @dataclass
 class State:
-    """Where a run stands. Times in seconds; `layers` and `total` hold what was measured last."""
+    """Where a run stands: after `step` batches, `epoch` epochs of which `phase_epoch` in the current phase, and `batch`
+    batches of the epoch that was begun. Times in seconds; `loss` and `score` add up over the epoch on this rank;
+    `layers` and `total` hold what was measured last; `lines` is the length of metrics.jsonl in bytes."""
 
     step: int = 0
     epoch: int = 0
+    phase: int = 0
+    phase_epoch: int = 0
+    batch: int = 0
+    targets: int = 0
+    epoch_s: float = 0.0
+    loss: Tensor | float = 0.0
+    score: Tensor | float = 0.0
+    nonfinite: int = 0
+    without_gain: int = 0
+    wall_s: float = 0.0
+    lines: int = 0
     samples: int = 0
     train_s: float = 0.0
     measure_s: float = 0.0
@@ -41,17 +55,27 @@ def evaluate(rule: LearningRule, task: Task, split: Split, environment: Environm
     rule.eval()
     loss, score, count = 0.0, 0.0, 0
     for x, y in split.passes():
+        interrupt.poll()
+        if not len(x):
+            continue
         with environment.autocast():
             out = rule.predict(x)
         loss = loss + task.loss(out, y).double().sum()
         score = score + task.score(out, y)
         count += task.count(y)
+    loss, score, count = over_ranks(loss, score, count)
     if float(loss) != float(loss):
         raise Diverged("the loss of an evaluation is not a number: the weights have diverged; lower the learning rate")
     return {"loss": float(loss) / count, task.metric: task.metric_value(score)}
 
 
-def summarise(experiment: Experiment, state: State, folder: Path, wall_s: float) -> dict[str, Any]:
+def over_ranks(loss: Tensor | float, score: Tensor | float, count: int) -> tuple[Tensor, Tensor | float, int]:
+    """Sums over this rank's targets as sums over all; a rank may have none."""
+    parts = ranks.everyones((torch.as_tensor(loss).cpu(), score.cpu() if isinstance(score, Tensor) else score, count))
+    return tuple(sum(part) for part in zip(*parts)) if len(parts) > 1 else (loss, score, count)
+
+
+def summarise(experiment: Experiment, state: State, folder: Path) -> dict[str, Any]:
     """The final weights on every split, and those of the best epoch on the test split."""
     data, rule, env = experiment.data, experiment.rule, experiment.environment
     task = data.task
@@ -65,14 +89,15 @@ def summarise(experiment: Experiment, state: State, folder: Path, wall_s: float)
         best = found["test"]
         if state.best_epoch != state.epoch:
             last = {name: value.clone() if isinstance(value, Tensor) else value for name, value in rule.state_dict().items()}
-            rule.load_state_dict(checkpoint.load(folder / "checkpoints/best.pt")["rule"])
+            rule.load_state_dict(ranks.from_first(
+                checkpoint.load(folder / "checkpoints/best.pt")["rule"] if ranks.rank() == 0 else None))
             best = evaluate(rule, task, data.test, env)
             rule.load_state_dict(last)
         result |= {"best_epoch": state.best_epoch, f"best_test_{task.metric}": best[task.metric]}
     return result | {
         "parameters": sum(p.numel() for p in experiment.network.parameters()),
-        "wall_s": wall_s, "train_s": state.train_s, "samples_per_s": state.samples / max(state.train_s, 1e-9),
-        "metrics_share": state.measure_s / max(state.train_s, 1e-9), "peak_memory_mb": env.peak_memory_mb(),
-        "flops_per_sample": state.flops_per_sample, "world_size": 1, "device": str(env.device),
-        "layers": state.layers, "total": state.total,
+        "wall_s": state.wall_s, "train_s": state.train_s, "samples_per_s": state.samples / max(state.train_s, 1e-9),
+        "metrics_share": state.measure_s / max(state.train_s, 1e-9), "peak_memory_mb": max(ranks.gathered(env.peak_memory_mb())[0]),
+        "flops_per_sample": state.flops_per_sample, "world_size": ranks.world(), "device": str(env.device),
+        "layers": state.layers, "total": state.total, **({"nonfinite_batches": state.nonfinite} if state.nonfinite else {}),
     }

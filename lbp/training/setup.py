@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from lbp import registry
+from lbp import ranks, registry
 from lbp.algos.rule import GROUPS, LearningRule
 from lbp.archs.network import Network
 from lbp.datasets.data import Arrays, Data, load
 from lbp.datasets.task import Task
 from lbp.errors import ConfigError, Refused
+from lbp.training import checkpoint
 from lbp.training.apply import Apply
 from lbp.training.environment import Environment, prepare, seed_all
 from lbp.training.optim import make_optimizers
@@ -31,13 +33,19 @@ class Experiment:
     apply: Apply
 
 
-def build(values: dict[str, Any], arrays: Arrays | None = None) -> Experiment:
-    """Builds a run's objects; raises ConfigError, Refused or DataError before anything is written."""
+def build(values: dict[str, Any], arrays: Arrays | None = None, begun: bool = False) -> Experiment:
+    """Builds a run's objects; raises ConfigError, Refused or DataError. `begun`: the weights will come from a checkpoint of
+    the run itself, so that run.init_from is not asked."""
     seed, trainer = values["seed"], values["trainer"]
     environment = prepare(trainer, seed)
     data = load(values["dataset"], seed=seed, batch_size=trainer["batch_size"], device=environment.device,
                 dtype=environment.dtype, arrays=arrays)
+    if data.train.batch_size < ranks.world():
+        raise ConfigError(f"launch.ranks={ranks.world()}: a batch of {data.train.batch_size} samples has not one for each rank; "
+                          "use fewer ranks or a larger trainer.batch_size")
     network = build_arch(values["arch"], data.task, seed).to(environment.device, environment.dtype)
+    if values["run"]["init_from"] and not begun:
+        init_from(network, Path(values["run"]["init_from"]))
     rule = build_algo(values["algo"], network, data.task, seed)
     groups = {name: parameters for name, parameters in rule.groups().items() if parameters}
     for group in ("feedback", "heads"):
@@ -64,6 +72,16 @@ def build_algo(config: dict[str, Any], network: Network, task: Task, seed: int =
     if unknown:
         raise ValueError(f"algo={config['name']} names groups {sorted(unknown)}; allowed: {', '.join(GROUPS)}")
     return rule
+
+
+def init_from(network: Network, path: Path) -> None:
+    """A warm start: the weights and norm statistics that a run's checkpoint has for its network, and nothing else of it."""
+    state = {key.removeprefix("network."): value for key, value in checkpoint.load(path)["rule"].items() if key.startswith("network.")}
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise ConfigError(f"run.init_from={path}: its network is another one than this arch builds for this dataset: "
+                          f"{str(error).splitlines()[1].strip()}") from None
 
 
 def compile_blocks(network: Network) -> None:

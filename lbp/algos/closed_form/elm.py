@@ -3,6 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lbp.algos import ops
 from lbp.algos.rule import Facts, LearningRule, Phase
 from lbp.errors import Diverged, Refused
 
@@ -35,14 +36,17 @@ class ELM(LearningRule):
     @torch.no_grad()
     def fit(self, batches):
         self.network.eval()
-        gram = cross = 0.0
+        weight = self.network.head.weight
+        gram = weight.new_zeros((weight.shape[1] + 1,) * 2, dtype=torch.float64)
+        cross = weight.new_zeros(len(gram), len(weight), dtype=torch.float64)
         for x, y in batches(4096):
             for block in self.network.hidden.values():
                 x = block(x)
             x = torch.cat([x, x.new_ones(len(x), 1)], 1)
             # Each product in the data's precision, their sum in double.
-            gram = gram + (x.T @ x).double()
-            cross = cross + (x.T @ self.task.onehot(y).to(x.dtype)).double()
+            gram += x.T @ x
+            cross += x.T @ self.task.onehot(y).to(x.dtype)
+        ops.over_ranks(gram, cross)
         solution = ridge_solution(gram, cross, self.ridge)
         self.network.head.weight.copy_(solution[:-1].T)
         self.network.head.bias.copy_(solution[-1])

@@ -1,0 +1,72 @@
+"""Going on with a run that was stopped: in its folder, with its settings, as if it had never stopped."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Iterator
+
+from lbp.config import Config, compose
+from lbp.errors import ConfigError
+from lbp.knobs import show
+from lbp.launch import folder as folders
+from lbp.logs.console import say
+from lbp.training.checkpoint import Checkpoints
+
+BUDGET = ("trainer.epochs", "trainer.max_minutes", "trainer.patience")
+FREE = (*BUDGET, "trainer.checkpoint_every", "trainer.on_nonfinite", "launch.timeout")  # and logger.*: they change no number
+
+
+def prepare(run: Path, overrides: list[str]) -> tuple[Config, int] | None:
+    """The configuration to go on with and the number of ranks (0: as for a new run), or None for a run that is done. Raises ConfigError with every setting that
+    differs from those that the run was trained with, DataError where its checkpoints are damaged."""
+    config = compose(overrides, run / "config.yaml")
+    content, _ = Checkpoints(run / "checkpoints").latest()
+    if content:
+        before = content["values"]
+    else:
+        before = compose([], run / "config.yaml").values
+    changed = {key: (old, new) for key, old, new in differences(before, config.values)}
+    problems = [f"{key}={show(new)}: the run was trained with {show(old)}" for key, (old, new) in changed.items()
+                if key not in FREE and not key.startswith("logger.")]
+    if problems:
+        raise ConfigError(*problems, f"a run goes on with its own settings; free are {', '.join(FREE)}, logger.*; for another "
+                          f"experiment use lbp rerun {run.name} KEY=VALUE, or lbp train run.init_from={run.name}")
+    old, new = changed.get("trainer.epochs", (0, 0))
+    if new < old:
+        raise ConfigError(f"trainer.epochs={new}: the run is to have {old} epochs already; give more, or leave it out")
+    if folders.status(run) == "done" and not set(changed) & set(BUDGET):
+        say(f"{run}: done already, after {content['state']['epoch'] if content else 0} epochs; lbp resume {run.name} "
+            "trainer.epochs=N trains it for longer")
+        return None
+    written = folders.read(run)
+    config = Config(config.values, written.options, written.typed, written.chosen, written.dropped)
+    return config, len(content["ranks"]) if content else 0
+
+
+def resume(run: Path, overrides: list[str]) -> tuple[Config, Path, None, int] | None:
+    """`lbp resume`: what one.start takes, or None for a run that is done."""
+    with folders.locked(run):
+        prepared = prepare(run, overrides)
+        if not prepared:
+            return None
+        config, world = prepared
+        again(run, config, overrides)
+    return config, run, None, world
+
+
+def again(run: Path, config: Config, overrides: list[str]) -> None:
+    """Writes down what changed, and takes back the result of a run that goes on."""
+    folders.text(run / "config.yaml", config.yaml())
+    (run / "summary.json").unlink(missing_ok=True)
+    earlier = folders.meta(run).get("resumed", [])
+    folders.add_meta(run, resumed=[*earlier, {"at": datetime.now().astimezone().isoformat(), "overrides": overrides}])
+
+
+def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, old value, new value) of each setting that is not the same in two maps of settings."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in dict.fromkeys((*old, *new)):
+            yield from differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+    elif old != new or type(old) is not type(new):
+        yield key, old, new

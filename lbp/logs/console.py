@@ -1,17 +1,19 @@
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 
 def say(line: str = "") -> None:
-    """Prints a line; characters that the terminal's encoding lacks become question marks, a closed pipe is no error."""
+    """Prints a line; characters that the terminal's encoding lacks become question marks; that nobody can read it (a
+    closed pipe, a full disk) is no error: a run's files have everything."""
     try:
         encoding = sys.stdout.encoding or "ascii"
         print(line.encode(encoding, "replace").decode(encoding), flush=True)
-    except BrokenPipeError:
-        sys.stdout = open("/dev/null", "w")
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
 
 
 class Console:
@@ -30,7 +32,9 @@ class Console:
 
     def write(self, record: dict[str, Any]) -> None:
         split = record["split"]
-        if split == "train":
+        if split == "warning":
+            self.line(f"warning: {record['warning']}")
+        elif split == "train":
             self.angles = {name: values["alignment_deg"] for name, values in record["layers"].items()
                            if "alignment_deg" in values}
         elif split == "train_epoch":

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ class Wandb:
 
     def __init__(self, config: dict[str, Any], values: dict[str, Any], folder: Path):
         self.run = None
-        with _warned(self):
+        with _warned(self), _somewhere_to_log(folder):
             import wandb
 
             os.environ.setdefault("WANDB_SILENT", "true")
@@ -47,6 +49,27 @@ def flat(record: dict[str, Any]) -> dict[str, Any]:
     for layer, metrics in {**record.get("layers", {}), "total": record.get("total", {})}.items():
         values.update({f"{metric}/{layer}": value for metric, value in metrics.items()})
     return values
+
+
+@contextmanager
+def _somewhere_to_log(folder: Path) -> Iterator[None]:
+    """W&B's own process logs into the user's cache, and onto the terminal where there is none (no HOME, as in containers)."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    try:
+        cache = Path(before or os.environ["HOME"] + "/.cache")
+        cache.mkdir(parents=True, exist_ok=True)
+        usable = os.access(cache, os.W_OK)
+    except (KeyError, OSError):
+        usable = False
+    if not usable:
+        os.environ["XDG_CACHE_HOME"] = str((folder / "wandb").absolute())
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["XDG_CACHE_HOME"] = before
+        elif not usable:
+            del os.environ["XDG_CACHE_HOME"]
 
 
 class _warned:

@@ -21,7 +21,7 @@ class Apply:
     gives is not finite nothing of the group moves, all gradients are cleared and Diverged is raised. `clip` bounds the norm of a
     group's averaged gradient. `observe`, if set, is called with the group's parameters before anything is changed.
 
-    `still` stays true while every gradient that came was exactly zero.
+    `still`: whether every gradient since it was set to None was exactly zero.
 
     Works with any torch optimizers, one a group; groups without one are an error.
     """
@@ -33,7 +33,7 @@ class Apply:
         self.groups, self.optimizers, self.clip = groups, optimizers, clip
         self.count = 1
         self.observe = None
-        self.still = True
+        self.still: bool | None = None
         self.base = {name: [g["lr"] for g in o.param_groups] for name, o in optimizers.items()}
 
     def __call__(self, group: str, loss: Tensor | None = None) -> None:
@@ -46,7 +46,7 @@ class Apply:
         *sums, loss_sum = torch.stack([*(p.grad.sum() for p in moving), tested]).tolist()
         self._guard(group, "loss", loss_sum)
         self._guard(group, "update", sum(sums))
-        self.still = self.still and not any(sums)
+        self.still = self.still is not False and not any(sums)
         if self.observe:
             self.observe(moving)
         if self.count:  # a batch whose targets are all masked moves nothing

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,12 +11,13 @@ from torch import Tensor
 
 from lbp import interrupt, ranks
 from lbp.algos.rule import Learned, Phase
-from lbp.errors import ConfigError, Diverged
+from lbp.errors import Diverged
 from lbp.metrics.measure import Measure
-from lbp.training.checkpoint import Checkpoints
-from lbp.training.environment import generators, seed_all, set_generators
+from lbp.training.environment import seed_all
+from lbp.training.guards import Statistics, leave_out
 from lbp.training.optim import schedule
-from lbp.training.results import State, evaluate, over_ranks, summarise
+from lbp.training.progress import Progress
+from lbp.training.results import evaluate, over_ranks, summarise
 from lbp.training.setup import Experiment
 
 CHECKPOINT_S = 300      # seconds between checkpoints within an epoch, where no number of steps is asked for
@@ -30,7 +30,7 @@ def epochs_of(phase: Phase, trainer: dict[str, Any]) -> int:
 def train(experiment: Experiment, log, folder: Path, content: dict[str, Any] | None = None) -> dict[str, Any]:
     """Trains to the end, from the start or from a checkpoint's content, and returns the summary of results.
 
-    `log.write(record)` receives every line of metrics.jsonl; `log.sync()` says how long that is now. Raises
+    `log.write(record)` receives every line of metrics.jsonl, `log.length()` says how long that is by now. Raises
     interrupt.Interrupted, with a checkpoint written, where a signal asks for it.
     """
     return Loop(experiment, log, folder, content).run()
@@ -41,21 +41,20 @@ class Loop:
         self.experiment, self.log, self.folder = experiment, log, folder
         self.data, self.rule, self.apply, self.env = experiment.data, experiment.rule, experiment.apply, experiment.environment
         self.task, self.trainer, self.every = self.data.task, experiment.values["trainer"], experiment.values["metrics"]["every"]
-        self.checkpoints, self.state, self.measure = Checkpoints(folder / "checkpoints"), State(), Measure(self.rule, self.task)
-        self.statistics = [b for b in experiment.network.buffers() if b.is_floating_point()]  # of norms: a forward pass moves them
+        self.progress, self.measure = Progress(experiment, log, folder), Measure(self.rule, self.task)
+        self.state, self.statistics = self.progress.state, Statistics(experiment.network)
         self.phases = [(phase, epochs_of(phase, self.trainer)) for phase in self.rule.phases()]
         self.total_steps = self.data.train.steps * sum(epochs for phase, epochs in self.phases if not phase.fit)
         self.factor = schedule(experiment.values["schedule"], self.data.train.steps, self.total_steps)
-        self.late, self.saved, self.warned = False, None, set()
         seed_all(experiment.values["seed"], f"training {ranks.rank()}" if ranks.rank() else "training")
         if content:
-            self.restore(content)
-        self.began = self.mark = self.saved_at = time.perf_counter()
-        minutes = self.trainer["max_minutes"]
-        self.deadline = self.began + 60 * minutes - self.state.wall_s if minutes else float("inf")
+            self.progress.restore(content)
+        self.late = False   # trainer.max_minutes are over
 
     def run(self) -> dict[str, Any]:
         state = self.state
+        if self.trainer["on_nonfinite"] == "restore" and self.progress.saved is None:
+            self.progress.save()
         for number, (phase, epochs) in enumerate(self.phases):
             if number > state.phase and not self.late:
                 state.phase, state.phase_epoch, state.without_gain = number, 0, 0
@@ -66,10 +65,11 @@ class Loop:
                     if not self.late:
                         self.close_epoch(phase)
                 except Diverged as error:
+                    saved = self.progress.saved
                     error.add_note(f"at step {state.step + 1}, in epoch {state.epoch + 1}"
-                                   + (f"; checkpoints/last.pt holds step {self.saved}" if self.saved is not None else ""))
+                                   + (f"; checkpoints/last.pt holds step {saved}" if saved is not None else ""))
                     raise
-        self.tick()
+        self.progress.tick()
         summary = summarise(self.experiment, state, self.folder)
         self.log.write({"step": state.step, "epoch": state.epoch, "split": "test", "loss": summary["test_loss"],
                         self.task.metric: summary[f"test_{self.task.metric}"]})
@@ -83,7 +83,8 @@ class Loop:
         from torch.utils.flop_counter import FlopCounterMode  # here: importing it costs a second, which is no step's time
 
         state, apply, task, env = self.state, self.apply, self.task, self.env
-        self.mark, apply.still = time.perf_counter(), None
+        apply.still = None
+        self.progress.start_lap()
         for x, y in self.data.train.batches(state.epoch, state.batch):
             if self.ends_before(y):
                 return
@@ -98,74 +99,47 @@ class Loop:
             # A compiled block runs no operation that could be counted.
             counter = FlopCounterMode(display=False) if first and not self.trainer["compile"] else nullcontext()
             apply.learning_rates(self.factor(state.step))
-            statistics = [b.clone() for b in self.statistics]
+            self.statistics.keep()
             try:
                 with counter, env.autocast():
                     learned = phase.learn(x, y, apply)
                 learned.loss = learned.loss.sum()
                 apply.finish(learned.loss)
             except Diverged as error:
-                for buffer, before in zip(self.statistics, statistics):
-                    buffer.copy_(before)
-                self.nonfinite(error)
+                self.statistics.undo()
+                leave_out(error, self.progress, self.data.train, self.trainer["on_nonfinite"], self.folder)
                 continue
-            if ranks.world() > 1:  # each rank's norms saw its own share
-                ranks.total(self.statistics)
-                for buffer in self.statistics:
-                    buffer /= ranks.world()
-            state.step += 1
-            state.batch += 1
-            state.targets += apply.count
+            self.statistics.agree()
+            state.step, state.batch, state.targets = state.step + 1, state.batch + 1, state.targets + apply.count
             state.loss += learned.loss
             if learned.out is not None:
                 state.score += task.score(learned.out, y)
             if first and self.trainer["compile"]:
                 env.synchronize()
-                self.mark = time.perf_counter()
+                self.progress.start_lap()
             elif first:
                 state.flops_per_sample = counter.get_total_flops() / len(x)
             if measuring:
                 state.measure_s -= time.perf_counter()
                 self.log.write(self.measured(phase, learned, y))
                 state.measure_s += time.perf_counter()
-        self.lap()
+        self.progress.lap()
 
     def ends_before(self, y: Tensor) -> bool:
-        """Between two batches, where a run is whole: sees what every rank has to say, saves when that is due, and raises
-        Interrupted or returns True where the run ends here."""
-        now, every, state = time.perf_counter(), self.trainer["checkpoint_every"], self.state
-        due = state.step % every == 0 if every else now > self.saved_at + CHECKPOINT_S
-        asked, late, due, counts = ranks.gathered(interrupt.asked(), now > self.deadline, due and state.batch > 0, self.task.count(y))
-        self.apply.count = int(sum(counts))
-        self.late = bool(max(late)) and state.step > 0
-        if max(asked) or self.late or max(due) and state.step != self.saved:
-            self.lap()
-            self.save(self.content())
+        """Between two batches, where a run is whole: hears what every rank has to say, saves where that is due, and raises
+        Interrupted, or returns True, where the run ends here."""
+        every, state, minutes = self.trainer["checkpoint_every"], self.state, self.trainer["max_minutes"]
+        late = bool(minutes) and self.progress.tick() > 60 * minutes
+        due = state.step % every == 0 if every else time.perf_counter() > self.progress.saved_at + CHECKPOINT_S
+        asked, late, due, counts = ranks.gathered(interrupt.asked(), late and state.step > 0, due and state.batch > 0, self.task.count(y))
+        self.apply.count, self.late = int(sum(counts)), bool(max(late))
+        if max(asked) or self.late or max(due) and state.step != self.progress.saved:
+            self.progress.lap()
+            self.progress.save()
             interrupt.answer(max(asked))
         if self.late and state.targets:
             state.train = self.means()
         return self.late
-
-    def nonfinite(self, error: Diverged) -> None:
-        """A batch whose loss or update was not finite moved nothing: stop there, or leave it out."""
-        state, how, split = self.state, self.trainer["on_nonfinite"], self.data.train
-        rows = split.order(state.epoch)[state.batch * split.batch_size:][:split.batch_size]
-        if ranks.rank() == 0:
-            with open(self.folder / "nonfinite.jsonl", "a") as file:
-                file.write(json.dumps({"step": state.step + 1, "epoch": state.epoch + 1, "problem": str(error),
-                                       "samples": split.source[rows].tolist()}) + "\n")
-        if how == "stop":
-            error.add_note("nonfinite.jsonl names the samples of the batch; trainer.on_nonfinite=skip|restore would go on without it")
-            raise error
-        state.step, state.batch, state.nonfinite = state.step + 1, state.batch + 1, state.nonfinite + 1
-        self.warn(f"{error}; the batch is left out (trainer.on_nonfinite={how}, nonfinite.jsonl)")
-        if how == "restore":
-            content = ranks.from_first(self.checkpoints.latest()[0] if ranks.rank() == 0 else None)
-            if content:
-                self.rule.load_state_dict(content["rule"])
-                self.apply.load_state_dict(content["apply"])
-        if state.batch == split.steps and not state.targets:
-            raise Diverged(f"not one batch of epoch {state.epoch + 1} was finite; lower optimizer.lr")
 
     def measured(self, phase: Phase, learned: Learned, y: Tensor) -> dict[str, Any]:
         loss, score, _ = over_ranks(learned.loss, 0.0 if learned.out is None else self.task.score(learned.out, y), 0)
@@ -189,32 +163,31 @@ class Loop:
                 if len(x):
                     yield x, y
 
-        self.save(self.content())
-        self.mark, counter = time.perf_counter(), FlopCounterMode(display=False)
+        self.progress.save()
+        counter = FlopCounterMode(display=False)
         with counter:
             phase.fit(batches)
-        self.env.synchronize()
-        self.lap()
+        self.progress.lap()
         self.state.targets = len(self.data.train)
         self.state.flops_per_sample = sum(ranks.gathered(counter.get_total_flops())[0]) / len(self.data.train)
         self.state.train = evaluate(self.rule, self.task, self.data.train, self.env)
 
     def close_epoch(self, phase: Phase) -> None:
         """Evaluates, logs and saves."""
-        state = self.state
-        whole = self.content()  # where an interrupted evaluation goes on
+        state, values = self.state, {}
+        whole = self.progress.content()  # where an interrupted evaluation goes on
         try:
             found = evaluate(self.rule, self.task, self.data.val, self.env) if self.data.val else None
         except interrupt.Interrupted:
             if not phase.fit:
-                self.save(whole)
+                self.progress.save(whole)
             raise
-        values = {}
         if not phase.fit:
             state.train = self.means()
             values = {"samples_per_s": state.targets / state.epoch_s, "learning_rate_factor": self.factor(state.step - 1)}
-        if self.apply.still:
-            self.warn("every gradient of this epoch was exactly zero: nothing is learned (dead units, or a learning signal of 0)")
+            if self.apply.still:
+                self.progress.warn("still", "every gradient of this epoch was exactly zero: nothing is learned (dead units, or "
+                                            "a teaching signal of zero)")
         state.epoch, state.phase_epoch = state.epoch + 1, state.phase_epoch + 1
         state.train_s, state.samples = state.train_s + state.epoch_s, state.samples + state.targets
         state.batch, state.targets, state.epoch_s, state.loss, state.score = 0, 0, 0.0, 0.0, 0.0
@@ -226,54 +199,10 @@ class Loop:
             state.without_gain = 0 if better else state.without_gain + 1
             if better:
                 state.best, state.best_epoch = found[self.task.metric], state.epoch
-        self.save(self.content(), best=better)
+        self.progress.save(best=better)
 
     def means(self) -> dict[str, float]:
         """Loss and metric over the epoch so far."""
         loss, score, _ = over_ranks(self.state.loss, self.state.score, 0)
         found = {"loss": float(loss) / max(self.state.targets, 1)}
         return found | ({self.task.metric: self.task.metric_value(score)} if isinstance(score, Tensor) else {})
-
-    def warn(self, text: str) -> None:
-        """Once for each kind of trouble."""
-        if (kind := text.split()[0]) not in self.warned:
-            self.warned.add(kind)
-            self.log.write({"step": self.state.step, "epoch": self.state.epoch, "split": "warning", "warning": text})
-
-    # Time and checkpoints
-
-    def lap(self) -> None:
-        """Counts the time since the mark as training."""
-        self.env.synchronize()
-        now = time.perf_counter()
-        self.state.epoch_s, self.mark = self.state.epoch_s + now - self.mark, now
-
-    def tick(self) -> None:
-        now = time.perf_counter()
-        self.state.wall_s, self.began = self.state.wall_s + now - self.began, now
-
-    def content(self) -> dict[str, Any]:
-        """Everything that training goes on from; every rank gives its part."""
-        self.tick()
-        self.state.lines = self.log.length()
-        mine = {"generators": generators(), "loss": self.state.loss, "score": self.state.score}
-        return {"values": self.experiment.values, "rule": self.rule.state_dict(), "apply": self.apply.state_dict(),
-                "state": dict(vars(self.state)), "ranks": ranks.everyones(mine)}
-
-    def save(self, content: dict[str, Any], best: bool = False) -> None:
-        if ranks.rank() == 0:
-            self.log.sync()
-            self.checkpoints.save(content, best)
-        self.saved, self.mark = content["state"]["step"], time.perf_counter()
-        self.saved_at = self.mark
-
-    def restore(self, content: dict[str, Any]) -> None:
-        if len(content["ranks"]) != ranks.world():
-            raise ConfigError(f"launch.ranks={ranks.world()}: the run was trained by {len(content['ranks'])} rank(s) and goes on with as many")
-        mine = content["ranks"][ranks.rank()]
-        self.rule.load_state_dict(content["rule"])
-        self.apply.load_state_dict(content["apply"])
-        for key, value in {**content["state"], "loss": mine["loss"], "score": mine["score"]}.items():
-            setattr(self.state, key, value.to(self.env.device) if isinstance(value, Tensor) else value)
-        set_generators(mine["generators"])
-        self.saved = self.state.step

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +15,8 @@ from lbp.datasets.task import Task
 from lbp.errors import Diverged
 from lbp.training import checkpoint
 from lbp.training.environment import Environment
+from lbp.training.progress import State
 from lbp.training.setup import Experiment
-
-
-@dataclass
-class State:
-    """Where a run stands: after `step` batches, `epoch` epochs of which `phase_epoch` in the current phase, and `batch`
-    batches of the epoch that was begun. Times in seconds; `loss` and `score` add up over the epoch on this rank;
-    `layers` and `total` hold what was measured last; `lines` is the length of metrics.jsonl in bytes."""
-
-    step: int = 0
-    epoch: int = 0
-    phase: int = 0
-    phase_epoch: int = 0
-    batch: int = 0
-    targets: int = 0
-    epoch_s: float = 0.0
-    loss: Tensor | float = 0.0
-    score: Tensor | float = 0.0
-    nonfinite: int = 0
-    without_gain: int = 0
-    wall_s: float = 0.0
-    lines: int = 0
-    samples: int = 0
-    train_s: float = 0.0
-    measure_s: float = 0.0
-    flops_per_sample: float | None = None
-    best: float | None = None
-    best_epoch: int | None = None
-    train: dict[str, float] = field(default_factory=dict)
-    layers: dict[str, dict[str, float]] = field(default_factory=dict)
-    total: dict[str, float] = field(default_factory=dict)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ def build(values: dict[str, Any], arrays: Arrays | None = None, begun: bool = Fa
     the run itself, so that run.init_from is not asked."""
     seed, trainer = values["seed"], values["trainer"]
     environment = prepare(trainer, seed)
+    if arrays is None:
+        refuse_early(values)
     data = load(values["dataset"], seed=seed, batch_size=trainer["batch_size"], device=environment.device,
                 dtype=environment.dtype, arrays=arrays)
     if data.train.batch_size < ranks.world():
@@ -56,6 +59,26 @@ def build(values: dict[str, Any], arrays: Arrays | None = None, begun: bool = Fa
         compile_blocks(network)
     return Experiment(values, environment, data, network, rule,
                       Apply(groups, make_optimizers(values["optimizer"], groups), trainer["clip"]))
+
+
+def refuse_early(values: dict[str, Any]) -> None:
+    """Raises Refused, before data is loaded or fetched, where the rule takes this arch on no kind of data."""
+    first = None
+    for kind, shape in itertools.product(("classification", "regression"), ((3, 32, 32), (1, 28, 28), (64,))):
+        try:
+            loss = values["dataset"].get("loss", "auto")
+            task = Task(kind, shape, 10, 10 if kind == "classification" else None,
+                        loss if loss != "auto" else "mse" if kind == "regression" else "cross_entropy")
+            network = build_arch(values["arch"], task)
+        except ConfigError:
+            continue  # not this arch's data
+        try:
+            build_algo(values["algo"], network, task)
+            return
+        except Refused as refused:
+            first = first or refused
+    if first:
+        raise first
 
 
 def build_arch(config: dict[str, Any], task: Task, seed: int = 0) -> Network:

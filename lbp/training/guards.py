@@ -1,0 +1,56 @@
+"""What is done about a batch whose loss or update is not finite. No weight has been touched by it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lbp import ranks
+from lbp.archs.network import Network
+from lbp.datasets.data import Split
+from lbp.errors import Diverged
+from lbp.training.progress import Progress
+
+
+class Statistics:
+    """The running statistics of a network's norms, which a mere forward pass moves."""
+
+    def __init__(self, network: Network):
+        self.buffers = [b for b in network.buffers() if b.is_floating_point()]
+
+    def keep(self) -> None:
+        self.kept = [b.clone() for b in self.buffers]
+
+    def undo(self) -> None:
+        for buffer, kept in zip(self.buffers, self.kept):
+            buffer.copy_(kept)
+
+    def agree(self) -> None:
+        """The mean over the ranks, each of which saw its own share of the batch."""
+        if ranks.world() > 1 and self.buffers:
+            ranks.total(self.buffers)
+            for buffer in self.buffers:
+                buffer.div_(ranks.world())
+
+
+def leave_out(error: Diverged, progress: Progress, split: Split, how: str, folder: Path) -> None:
+    """`how`: "stop" raises; "skip" goes on after the batch; "restore" from the last checkpoint's weights as well.
+
+    nonfinite.jsonl receives the batch's samples, as they stand in the dataset. Raises Diverged too where nothing in an
+    epoch was finite."""
+    state = progress.state
+    rows = split.order(state.epoch)[state.batch * split.batch_size:][:split.batch_size]
+    if ranks.rank() == 0:
+        with open(folder / "nonfinite.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.step + 1, "epoch": state.epoch + 1, "problem": str(error),
+                                   "samples": split.source[rows].tolist()}) + "\n")
+    if how == "stop":
+        error.add_note("nonfinite.jsonl names the batch's samples; trainer.on_nonfinite=skip or restore goes on without such batches")
+        raise error
+    state.step, state.batch, state.nonfinite = state.step + 1, state.batch + 1, state.nonfinite + 1
+    progress.warn("nonfinite", f"step {state.step}: {error}; such batches are left out (trainer.on_nonfinite={how})")
+    if how == "restore":
+        content = ranks.from_first(progress.checkpoints.latest()[0] if ranks.rank() == 0 else None)
+        progress.restore_weights(content)
+    if state.batch == split.steps and not state.targets:
+        raise Diverged(f"not one batch of epoch {state.epoch + 1} was finite; lower optimizer.lr")

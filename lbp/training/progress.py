@@ -1,0 +1,111 @@
+"""Where a run stands, and everything that it takes to go on from there."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lbp import ranks
+from lbp.errors import ConfigError
+from lbp.training.checkpoint import Checkpoints
+from lbp.training.environment import generators, set_generators
+from lbp.training.setup import Experiment
+
+
+@dataclass
+class State:
+    """Where a run stands: after `step` batches, `epoch` epochs of which `phase_epoch` in the current phase, and `batch`
+    batches of the epoch that was begun. Times in seconds; `loss` and `score` add up over the epoch on this rank;
+    `layers` and `total` hold what was measured last; `lines` is the length of metrics.jsonl in bytes."""
+
+    step: int = 0
+    epoch: int = 0
+    phase: int = 0
+    phase_epoch: int = 0
+    batch: int = 0
+    targets: int = 0
+    epoch_s: float = 0.0
+    loss: Tensor | float = 0.0
+    score: Tensor | float = 0.0
+    nonfinite: int = 0
+    without_gain: int = 0
+    wall_s: float = 0.0
+    lines: int = 0
+    samples: int = 0
+    train_s: float = 0.0
+    measure_s: float = 0.0
+    flops_per_sample: float | None = None
+    best: float | None = None
+    best_epoch: int | None = None
+    train: dict[str, float] = field(default_factory=dict)
+    layers: dict[str, dict[str, float]] = field(default_factory=dict)
+    total: dict[str, float] = field(default_factory=dict)
+
+
+class Progress:
+    """The state of a run, the clock that counts its time, and its checkpoints."""
+
+    def __init__(self, experiment: Experiment, log, folder: Path):
+        self.experiment, self.log = experiment, log
+        self.state, self.checkpoints = State(), Checkpoints(folder / "checkpoints")
+        self.saved: int | None = None   # the step of the last checkpoint
+        self.warned: set[str] = set()
+        self.began = self.mark = self.saved_at = time.perf_counter()
+
+    def start_lap(self) -> None:
+        self.mark = time.perf_counter()
+
+    def lap(self) -> None:
+        """Counts the time since the lap's start as training."""
+        self.experiment.environment.synchronize()
+        now = time.perf_counter()
+        self.state.epoch_s, self.mark = self.state.epoch_s + now - self.mark, now
+
+    def tick(self) -> float:
+        """Seconds that the run has taken, over all its sittings."""
+        now = time.perf_counter()
+        self.state.wall_s, self.began = self.state.wall_s + now - self.began, now
+        return self.state.wall_s
+
+    def content(self) -> dict[str, Any]:
+        """What a checkpoint holds: every rank gives its part. Tensors are the living ones, not copies."""
+        self.tick()
+        self.state.lines = self.log.length()
+        mine = {"generators": generators(), "loss": self.state.loss, "score": self.state.score}
+        return {"values": self.experiment.values, "rule": self.experiment.rule.state_dict(),
+                "apply": self.experiment.apply.state_dict(), "state": dict(vars(self.state)), "ranks": ranks.everyones(mine)}
+
+    def save(self, content: dict[str, Any] | None = None, best: bool = False) -> None:
+        """Writes a checkpoint of now, or of when `content` was taken; its time counts as no lap's."""
+        content = content or self.content()
+        if ranks.rank() == 0:
+            self.log.sync()
+            self.checkpoints.save(content, best)
+        self.saved = content["state"]["step"]
+        self.saved_at = self.mark = time.perf_counter()
+
+    def restore(self, content: dict[str, Any]) -> None:
+        """Puts everything where it stood. Raises ConfigError for another number of ranks."""
+        if len(content["ranks"]) != ranks.world():
+            raise ConfigError(f"launch.ranks={ranks.world()}: the run was trained by {len(content['ranks'])} rank(s), "
+                              "and goes on with as many")
+        mine = content["ranks"][ranks.rank()]
+        self.restore_weights(content)
+        for key, value in {**content["state"], "loss": mine["loss"], "score": mine["score"]}.items():
+            setattr(self.state, key, value.to(self.experiment.environment.device) if isinstance(value, Tensor) else value)
+        set_generators(mine["generators"])
+        self.saved = self.state.step
+
+    def restore_weights(self, content: dict[str, Any]) -> None:
+        self.experiment.rule.load_state_dict(content["rule"])
+        self.experiment.apply.load_state_dict(content["apply"])
+
+    def warn(self, kind: str, text: str) -> None:
+        """A line of the log, once for each kind of trouble."""
+        if kind not in self.warned:
+            self.warned.add(kind)
+            self.log.write({"step": self.state.step, "epoch": self.state.epoch, "split": "warning", "warning": text})

@@ -24,6 +24,9 @@ LISTS = {
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code; errors become one readable line a problem on stderr."""
     argv = sys.argv[1:] if argv is None else argv
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed (>&-): else the next file opened takes its number, and its text
+            setattr(sys, name, open(os.devnull, mode))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(
@@ -58,12 +61,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(error: BaseException, code: int, lines: list[str]) -> int:
-    if "--debug" in sys.argv:
-        import traceback
+    try:
+        if "--debug" in sys.argv:
+            import traceback
 
-        traceback.print_exception(error)
-    for line in [*lines, *getattr(error, "__notes__", [])]:
-        print(f"lbp: {line}", file=sys.stderr)
+            traceback.print_exception(error)
+        for line in [*lines, *getattr(error, "__notes__", [])]:
+            # what was typed may hold what drives a terminal
+            shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+            print(f"lbp: {shown}", file=sys.stderr, flush=True)
+    except OSError:  # nobody reads; the exit code still tells
+        sys.stderr = open(os.devnull, "w")
     return code
 
 

@@ -7,6 +7,7 @@ other file knows Hydra, and this one only inside functions.
 
 import copy
 import itertools
+import math
 import re
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -19,6 +20,8 @@ from lbp.knobs import did_you_mean, nearest, show
 
 GRADUAL = tuple(f"trainer.{key}" for key in (
     "epochs", "batch_size", "clip", "patience", "checkpoint_every", "on_nonfinite"))  # nothing to who solves
+MOST_TRIALS = 10_000  # of a sweep: each is validated before the first is started
+LONGEST = 1_000_000  # characters of a configuration file
 ABOUT_DATA = ("dataset", "arch")  # an algo's wishes for these hold for every option that has the knob
 
 
@@ -174,6 +177,8 @@ def grid(overrides: list[str], file: Path | None = None) -> list[list[str]]:
         override = _parse(text, problems)
         if override is not None:
             axes.append(_axis(override, text, problems))
+    if math.prod(map(len, axes)) > MOST_TRIALS:
+        problems.append(f"{' '.join(overrides)}: more than {MOST_TRIALS:,} trials in one sweep; split it")
     if problems:
         raise ConfigError(*problems)
     trials = [list(trial) for trial in itertools.product(*axes)]
@@ -209,9 +214,10 @@ def _parse(text: str, problems: list[str]):
     key = text.partition("=")[0].lstrip("+~")
     if text.startswith("-"):
         name, _, value = text.lstrip("-").partition("=")
+        near = suggest(name)
         problems.append(
             f"{text}: no such flag; options are written key=value: "
-            f"write {suggest(name)}={value or 'VALUE'}"
+            + (f"write {near}={value or 'VALUE'}" if near else "lbp show trainer and lbp list name them")
         )
     elif text.startswith("~"):
         problems.append(f"{text}: nothing can be deleted from a configuration; set another value")
@@ -284,7 +290,7 @@ def _axis(override, text: str, problems: list[str]) -> list[str]:
         elif override.is_interval_sweep():
             raise HydraException("an interval has no end of values; write choice or range")
         else:
-            values = list(override.sweep_string_iterator())
+            values = list(itertools.islice(override.sweep_string_iterator(), MOST_TRIALS + 1))
     except (HydraException, ValueError, ArithmeticError) as error:
         problems.append(f"{text}: {error}")
         return []
@@ -322,7 +328,10 @@ def _yaml(text: str, source: str, problems: list[str]) -> dict:
 def _file_items(path: Path, source: str, problems: list[str]) -> list[Item]:
     """What a `--config` file or an experiment says."""
     try:
-        text = path.read_text("utf-8")
+        with open(path, encoding="utf-8") as file:
+            text = file.read(LONGEST + 1)
+        if len(text) > LONGEST:
+            raise OSError(0, f"longer than {LONGEST:,} characters")
     except (OSError, UnicodeDecodeError) as error:
         problems.append(f"{source}: cannot be read ({getattr(error, 'strerror', None) or error})")
         return []
@@ -443,7 +452,7 @@ def _assign(
             problem = knobs.check(key, value, known[sibling].spec, item.text)
             problems += [problem + where] if problem else []
             return [] if problem else [(key, knobs.coerce(value, known[sibling].spec, item.text))]
-        near = suggest(sibling, known, None)
+        near = suggest(sibling, known)
         problems.append(
             f"{item}: unknown key" + did_you_mean(near and around + near[len(around.rpartition(".")[0]) :])
         )
@@ -466,15 +475,15 @@ def _assign(
         if isinstance(value, str)
         else None
     )
-    near = f"{owner}={value}" if owner else suggest(key, known, None)
+    near = f"{owner}={value}" if owner else suggest(key, known)
     top = [*groups, "experiment", *(k for k in known if "." not in k), "run.*"]
     there = [k for k in known if k.startswith(group + ".")] or (["none"] if group in groups else top)
     problems.append(f"{item}: unknown key; there are: {', '.join(there)}{did_you_mean(near)}")
     return []
 
 
-def suggest(key: str, known=None, default: str | None = "") -> str | None:
-    """The known key that a mistyped one most likely stands for, else `default` ("": the key itself)."""
+def suggest(key: str, known=None) -> str | None:
+    """The known key that a mistyped one most likely stands for, if any."""
     if known is None:
         known = dict(registry.main().knobs)
         for group, option in registry.groups().items():
@@ -495,7 +504,7 @@ def suggest(key: str, known=None, default: str | None = "") -> str | None:
             return near_key
     if near:
         return next((w for w in leaves[near] if w.startswith(group + ".")), leaves[near][0])
-    return nearest(key, known if "." in key else words) or (key if default == "" else default)
+    return nearest(key, known if "." in key else words)
 
 
 # ---- composing and checking
@@ -516,7 +525,11 @@ def _composed(options: tuple[tuple[str, str], ...], of: tuple[registry.Root, ...
     try:
         with initialize_config_dir(str(of[0].conf), job_name="lbp", version_base="1.3"):
             node = hydra_compose("config", [*choices, *where])
+            if found := re.search(r"\$\{\s*oc\.env\s*:\s*(?!LBP_DATA\b)[^}]*}?", OmegaConf.to_yaml(node)):
+                raise HydraException(f"{found[0]}: of the environment only LBP_DATA is read")  # a secret would be kept
             return OmegaConf.to_container(node, resolve=True)
+    except FileNotFoundError as error:  # Hydra asks where it is
+        raise ConfigError("the current folder no longer exists; change to another") from error
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(
             f"{' '.join(f'{g}={o}' for g, o in options)}: an option's file is broken: {error}"
@@ -567,11 +580,13 @@ def _check(config: Config, known: dict[str, knobs.Knob]) -> list[str]:
         _try(problems, registry.entry, kind, config.values[kind]["name"])
     name, folder = config.values["run"]["name"], config.values["run"]["dir"]
     if name is not None and not slug(name):
-        problems.append(f"run.name={name}: needs at least one letter or digit")
+        problems.append(f"run.name={name}: needs at least one letter a-z or digit")
     if folder is not None and (
         not folder.strip() or "\0" in folder or any(len(p.encode()) > 255 for p in Path(folder).parts)
     ):
         problems.append(f"run.dir={folder!r}: cannot be a folder")
+    elif folder is not None and folder.startswith("~"):
+        problems.append(f"run.dir={folder}: a folder named ~ is nobody's wish; write the home folder out")
     return problems
 
 

@@ -182,7 +182,7 @@ def _coerce(value: Any, alternative: str) -> tuple | None:
         if isinstance(value, bool) or not isinstance(value, int if kind == "int" else (int, float)):
             return None
         try:
-            finite = math.isfinite(value)
+            finite = math.isfinite(value) and (kind == "float" or abs(value) < 2**63)  # torch's integers
         except OverflowError:
             finite = False
         if not (finite and all(compare(value, bound) for compare, bound in bounds)):
@@ -242,7 +242,8 @@ def show(value: Any) -> str:
 
 def nearest(word: str, among) -> str | None:
     """The most similar of some words, or None where none is similar."""
-    return next(iter(difflib.get_close_matches(word, list(among), 1)), None)
+    lower = {other.lower(): other for other in among}
+    return next((lower[near] for near in difflib.get_close_matches(word.lower(), lower, 1)), None)
 
 
 def did_you_mean(near: str | None) -> str:

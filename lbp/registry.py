@@ -292,9 +292,9 @@ def _option(group: str, name: str, of: tuple[Root, ...]) -> knobs.Option:
 def option(group: str, name: str) -> knobs.Option:
     """An option's doc, knobs and preferences, or ConfigError with the choices and the nearest one."""
     known = options(group)
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ConfigError(
-            f"{group}={name}: no such {group}; there are: {', '.join(known) or 'none'}"
+            f"{group}={knobs.show(name)}: no such {group}; there are: {', '.join(known) or 'none'}"
             + knobs.did_you_mean(knobs.nearest(str(name), known))
         )
     return _option(group, name, roots())

@@ -242,7 +242,7 @@ def test_a_sweeps_folder_is_its_own(trial, tmp_path):
     with pytest.raises(ConfigError, match="cannot be made"):
         sweep([["run.dir=file/x"]])
     assert sweep([["run.name='../../up and away'"]]) == 0
-    assert [f.name for f in tmp_path.parent.iterdir() if "up" in f.name] == []
+    assert [f.name for f in tmp_path.parent.iterdir() if f.name.startswith("up")] == []
     assert len(list(tmp_path.glob("outputs/*/*-sweep-up-and-away-*"))) == 1
 
 

@@ -47,6 +47,7 @@ def create(config: Config) -> Place:
     try:
         folder.mkdir(parents=True)
         write(config, folder)
+        add_meta(folder, id=secrets.token_hex(8))
         (folder / "overrides.yaml").write_text(yaml.safe_dump(config.typed), encoding="utf-8")
     except FileExistsError:
         raise ConfigError(f"run.dir={folder}: exists already, and no run is ever overwritten; choose another, "

@@ -158,7 +158,7 @@ def train(config: Config, folder: Path, arrays: Arrays | None = None, new: bool 
 
 def logs_of(config: Config, experiment: Experiment, folder: Path, content: dict[str, Any] | None, problems: list[str]) -> Logs:
     """Opens the logs, tells what is to be trained, and where it goes on."""
-    values, task = config.values, experiment.data.task
+    values, task, before = config.values, experiment.data.task, _surroundings(folder)
     folders.describe(folder, experiment.environment, ranks.world())
     epochs = sum(epochs_of(phase, values["trainer"]) for phase in experiment.rule.phases())
     console = Console(folder / "log.txt", epochs, task.metric, experiment.data.val is not None,
@@ -170,10 +170,19 @@ def logs_of(config: Config, experiment: Experiment, folder: Path, content: dict[
     if content:
         state = content["state"]
         console.line(f"goes on at step {state['step']}: epoch {state['epoch'] + 1}, batch {state['batch'] + 1}")
+        other = [f"{key} {old} -> {new}" for (key, old), new in zip(before.items(), _surroundings(folder).values()) if old != new]
+        if other:
+            console.line(f"warning: no longer bit for bit what it would have been: {', '.join(other)}")
     logs = [Jsonl(folder / "metrics.jsonl", content["state"]["lines"] if content else 0), console]
     if values["logger"]["wandb"]["mode"] != "disabled":
-        logs.append(Wandb(values["logger"]["wandb"], values, folder))
+        logs.append(Wandb(values["logger"]["wandb"], values, folder, folders.meta(folder)["id"]))
     return Logs(*logs)
+
+
+def _surroundings(folder: Path) -> dict[str, Any]:
+    """What the last bits of a result depend on."""
+    meta = folders.meta(folder)
+    return {"torch": meta.get("versions", {}).get("torch"), **{key: meta.get(key) for key in ("hardware", "device", "threads")}}
 
 
 def dry_run(config: Config) -> None:
@@ -202,6 +211,8 @@ def header(config: Config, experiment: Experiment, folder: Path) -> list[str]:
         f"{parameters:,} parameters; {optimizer or 'no optimizer'}; seed {values['seed']}",
         experiment.environment.described(),
         *chosen_lines(config),
+        *(["each rank's norms see its own share of a batch alone"]
+          if ranks.world() > 1 and any(b.is_floating_point() for b in experiment.network.buffers()) else []),
         *(["batch_coupled: small batches, ranks and accumulation change this rule's result"]
           if experiment.rule.facts.batch_coupled else []),
         f"run: {folder}",

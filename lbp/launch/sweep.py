@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
 from lbp.config import compose, quoted, slug
 from lbp.errors import ConfigError
+from lbp.logs.console import say
 
 
 def sweep(trials: list[list[str]], file: Path | None = None, debug: bool = False) -> int:
@@ -21,12 +23,12 @@ def sweep(trials: list[list[str]], file: Path | None = None, debug: bool = False
     """
     folder = _create(compose(trials[0], file).values["run"])
     names = trial_names(trials)
-    print(f"sweep of {len(trials)} trials: {folder}", flush=True)
+    say(f"sweep of {len(trials)} trials: {folder}")
     failed = []
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         for number, (trial, name) in enumerate(zip(trials, names), 1):
-            print(f"trial {number}/{len(trials)}: {' '.join(trial)}", flush=True)
+            say(f"trial {number}/{len(trials)}: {' '.join(trial)}")
             command = [
                 sys.executable,
                 "-m",
@@ -41,24 +43,21 @@ def sweep(trials: list[list[str]], file: Path | None = None, debug: bool = False
             code, stopped = _run(command, log)
             if code:
                 failed.append((name, _said(code), log))
-                print(
-                    f"lbp: trial {number}/{len(trials)} {_said(code)}; its log: {log}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                _warn(f"trial {number}/{len(trials)} {_said(code)}; its log: {log}")
             if stopped:
-                print(
-                    f"lbp: sweep stopped, {len(trials) - number} trials not started",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                _warn(f"sweep stopped, {len(trials) - number} trials not started")
                 return stopped
     finally:
         signal.signal(signal.SIGTERM, before)
-    print(f"sweep: {len(trials) - len(failed)} of {len(trials)} trials done: {folder}", flush=True)
+    say(f"sweep: {len(trials) - len(failed)} of {len(trials)} trials done: {folder}")
     for name, what, log in failed:
-        print(f"lbp: {name} {what}; its log: {log}", file=sys.stderr, flush=True)
+        _warn(f"{name} {what}; its log: {log}")
     return 1 if failed else 0
+
+
+def _warn(text: str) -> None:
+    with suppress(OSError):  # nobody reads
+        print(f"lbp: {text}", file=sys.stderr, flush=True)
 
 
 def trial_names(trials: list[list[str]]) -> list[str]:

@@ -27,8 +27,12 @@ class Jsonl:
 
     def write(self, record: dict[str, Any]) -> None:
         line = (json.dumps(plain(record)) + "\n").encode()
-        while line:
-            line = line[self.file.write(line):]
+        try:
+            while line:
+                line = line[self.file.write(line):]
+        except OSError as error:  # of a full disk; which one
+            error.filename = str(self.file.name)
+            raise
 
     def length(self) -> int:
         return os.fstat(self.file.fileno()).st_size

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,19 +11,20 @@ from lbp.logs.console import say
 
 
 class Wandb:
-    """A view of the run in Weights & Biases, kept in the run's own folder; names are METRIC/LAYER and METRIC/SPLIT.
+    """A view of the run in Weights & Biases, kept in the run's own folder; names are METRIC/LAYER and METRIC/SPLIT. A run
+    that goes on keeps its `id`, and so stays one run there.
 
     Nothing that it does wrong stops a run: it is dropped, with one warning.
     """
 
-    def __init__(self, config: dict[str, Any], values: dict[str, Any], folder: Path):
+    def __init__(self, config: dict[str, Any], values: dict[str, Any], folder: Path, id: str | None = None):
         self.run = None
         with _warned(self), _somewhere_to_log(folder):
             import wandb
 
             os.environ.setdefault("WANDB_SILENT", "true")
             self.run = wandb.init(
-                project=config["project"], name=folder.name, dir=str(folder), mode=config["mode"], config=values,
+                project=config["project"], name=folder.name, id=id, dir=str(folder), mode=config["mode"], config=values,
                 group=values["algo"]["name"], settings=wandb.Settings(init_timeout=10, console="off", silent=True))
             self.run.define_metric("*", step_metric="step")
             self.run.log({}, commit=False)  # the first call is fifty times slower: not in a measured step
@@ -82,7 +84,8 @@ class _warned:
     def __exit__(self, kind, error, trace):
         if kind is not None and issubclass(kind, Exception):
             self.owner.run = None
+            remedy = "" if "wandb" in sys.modules else "; pip install --upgrade wandb brings it"
             say(f"warning: W&B is off for this run ({kind.__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
-                "metrics.jsonl has everything")
+                f"metrics.jsonl has everything{remedy}")
             return True
         return False

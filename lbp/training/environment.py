@@ -8,7 +8,7 @@ import platform
 import random
 import resource
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,7 +121,10 @@ def hardware(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
-    return {"python": platform.python_version(), "platform": platform.platform(),
-            **{name: version(name) for name in ("lbp", "torch", "numpy", "hydra-core", "omegaconf", "wandb")}}
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in ("lbp", "torch", "numpy", "hydra-core", "omegaconf", "wandb"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -133,12 +133,15 @@ class Loop:
         due = state.step % every == 0 if every else time.perf_counter() > self.progress.saved_at + CHECKPOINT_S
         asked, late, due, counts = ranks.gathered(interrupt.asked(), late and state.step > 0, due and state.batch > 0, self.task.count(y))
         self.apply.count, self.late = int(sum(counts)), bool(max(late))
-        if max(asked) or self.late or max(due) and state.step != self.progress.saved:
-            self.progress.lap()
-            self.progress.save()
+        try:
             interrupt.answer(max(asked))
+        finally:
+            if max(asked) or self.late or max(due) and state.step != self.progress.saved:
+                self.progress.lap()
+                self.progress.save()
         if self.late and state.targets:
             state.train = self.means()
+            self.progress.warn("late", f"trainer.max_minutes={minutes:g} are over: ended after batch {state.batch} of epoch {state.epoch + 1}")
         return self.late
 
     def measured(self, phase: Phase, learned: Learned, y: Tensor) -> dict[str, Any]:

@@ -64,10 +64,11 @@ def summarise(experiment: Experiment, state: State, folder: Path) -> dict[str, A
             best = evaluate(rule, task, data.test, env)
             rule.load_state_dict(last)
         result |= {"best_epoch": state.best_epoch, f"best_test_{task.metric}": best[task.metric]}
+    train_s = state.train_s + state.epoch_s  # of an epoch that was cut short, too
     return result | {
         "parameters": sum(p.numel() for p in experiment.network.parameters()),
-        "wall_s": state.wall_s, "train_s": state.train_s, "samples_per_s": state.samples / max(state.train_s, 1e-9),
-        "metrics_share": state.measure_s / max(state.train_s, 1e-9), "peak_memory_mb": max(ranks.gathered(env.peak_memory_mb())[0]),
+        "wall_s": state.wall_s, "train_s": train_s, "samples_per_s": (state.samples + state.targets) / max(train_s, 1e-9),
+        "metrics_share": state.measure_s / max(train_s, 1e-9), "peak_memory_mb": max(ranks.gathered(env.peak_memory_mb())[0]),
         "flops_per_sample": state.flops_per_sample, "world_size": ranks.world(), "device": str(env.device),
         "layers": state.layers, "total": state.total, **({"nonfinite_batches": state.nonfinite} if state.nonfinite else {}),
     }

@@ -149,22 +149,62 @@ def _parser() -> argparse.ArgumentParser:
         "export", "write the trained network, loadable without lbp", "RUN [--checkpoint WHICH] [--to PATH]"
     )
     export.add_argument("--to", metavar="PATH", type=Path)
+    sync = add(
+        "sync",
+        "send runs to Weights & Biases, each whole and as one run there",
+        "RUN [RUN ...] [--project NAME] [--offline]",
+        epilog="online where there is a key (WANDB_API_KEY, or wandb login), else into RUN/wandb",
+    )
+    sync.add_argument("runs", metavar="RUN", nargs="+", help="a run's folder, the start of its name, or last")
+    sync.add_argument("--project", metavar="NAME", help="there; default: the run's logger.wandb.project")
+    sync.add_argument("--offline", action="store_true", help="into RUN/wandb, whatever keys there are")
     for command in (evaluate, rerun, resume, export):
         command.add_argument("run", metavar="RUN", help="a run's folder, the start of its name, or last")
     for command in (evaluate, export):
         command.add_argument("--checkpoint", choices=("last", "best"), default="last")
-    listing = add("list", "list what there is", f"[{' | '.join(LISTS)}] [--matrix]")
+    listing = add("list", "list what there is", f"[{' | '.join(LISTS)} | runs [FOLDER]] [--matrix]")
     listing.add_argument("what", nargs="?", metavar="WHAT")
+    listing.add_argument("folder", nargs="?", metavar="FOLDER")
     listing.add_argument("--matrix", action="store_true", help="which algo trains which arch, found by trying")
     show = add("show", "show an option: doc, paper, knobs and defaults", "[--yaml] GROUP=OPTION ...")
     show.add_argument("what", nargs="+", metavar="GROUP=OPTION")
     show.add_argument("--yaml", action="store_true", help="its YAML file")
+    compare = add(
+        "compare",
+        "compare runs: mean ± std over seeds, beside the controls",
+        "[RUN ...] [--by KEY,..] [--metric NAME] [--csv FILE] [--markdown FILE]",
+        epilog="RUN: a run, a folder with runs in it, the start of a name, a glob, or last; without it all of outputs/\n"
+        "lbp compare --by optimizer.lr --metric best_test_accuracy",
+    )
+    compare.add_argument("runs", nargs="*", metavar="RUN")
+    compare.add_argument(
+        "--by", metavar="KEY,..", help="algo, dataset, arch, seed, or a key of the configuration"
+    )
+    compare.add_argument("--metric", metavar="NAME", help="a figure of summary.json, as test_accuracy")
+    for form in ("csv", "markdown"):
+        compare.add_argument(f"--{form}", metavar="FILE", help="write the table there; - is stdout")
+    doctor = add(
+        "doctor",
+        "say what this machine has, what is wrong with it and how to mend it",
+        "[--repeat [key=value ...]]",
+    )
+    doctor.add_argument(
+        "--repeat", action="store_true", help="train a small run twice and compare the weights, bit for bit"
+    )
+    completion = add("completion", "print a script that completes lbp's commands", "bash | zsh | fish")
+    completion.add_argument("shell", metavar="SHELL", choices=("bash", "zsh", "fish"))
     parser.commands = list(commands.choices)
+    parser.flags = {name: list(command._option_string_actions) for name, command in commands.choices.items()}
     return parser
 
 
 def _command(argv: list[str]) -> int | None:
     parser = _parser()
+    if argv[:1] == ["--complete"]:  # asked by the shell, at every press of the key
+        from lbp.report.complete import candidates
+
+        print("".join(f"{word}\n" for word in candidates(argv[1:], parser.flags, LISTS)), end="")
+        return 0
     words = [word for word in argv if not word.startswith("-")]
     if not argv:
         parser.print_help()
@@ -182,7 +222,7 @@ def _command(argv: list[str]) -> int | None:
             f"{' '.join(overrides) or 'nothing to do'}: give a command: {', '.join(parser.commands)}"
         )
     overrides = _joined(overrides)
-    if overrides and args.command in ("list", "show", "export"):
+    if overrides and args.command in ("list", "show", "export", "sync", "compare", "completion"):
         raise ConfigError(*(f"{word}: lbp {args.command} takes no such argument" for word in overrides))
     return globals()[f"_{args.command}"](args, overrides)
 
@@ -213,6 +253,8 @@ def _train(args, overrides: list[str]) -> int | None:
     overrides = _elsewhere(args.config, overrides)
     if not args.multirun:
         return _start(lambda: config.compose(overrides, args.config), args.dry_run)
+    if "LOCAL_RANK" in os.environ:
+        raise ConfigError("-m under torchrun would be a sweep in each rank; start the sweep alone, with launch.ranks=N for its trials")
     trials = config.grid(overrides, args.config)
     if args.dry_run:
         for number, trial in enumerate(trials, 1):
@@ -296,10 +338,24 @@ def _export(args, _) -> None:
     export_run(run, args.checkpoint, args.to)
 
 
+def _sync(args, _) -> None:
+    from lbp.launch.runs import find_run
+
+    runs = [find_run(run) for run in args.runs]
+    from lbp.launch.sync import sync
+
+    for run in runs:
+        sync(run, args.project, "offline" if args.offline else "auto")
+
+
 # ---- looking
 
 
 def _list(args, _) -> None:
+    if args.what == "runs":
+        return _list_runs(args.folder)
+    if args.folder:
+        raise ConfigError(f"{args.folder}: lbp list takes no such argument")
     if args.matrix:
         from lbp.launch.matrix import lines
 
@@ -307,10 +363,10 @@ def _list(args, _) -> None:
         return
     if args.what and args.what not in LISTS:
         plural = {kind: kinds for kinds, kind in LISTS.items()}.get(args.what) or knobs.nearest(
-            args.what, LISTS
+            args.what, [*LISTS, "runs"]
         )
         raise ConfigError(
-            f"{args.what}: no such list; there are: {', '.join(LISTS)}{knobs.did_you_mean(plural)}"
+            f"{args.what}: no such list; there are: {', '.join(LISTS)}, runs{knobs.did_you_mean(plural)}"
         )
     for kinds in [args.what] if args.what else LISTS:
         group = LISTS[kinds]
@@ -320,6 +376,50 @@ def _list(args, _) -> None:
         _table(rows)
         if not args.what:
             print()
+
+
+def _list_runs(folder: str | None) -> None:
+    from lbp.report import runs
+    from lbp.report.listing import listing
+
+    print("\n".join(listing([runs.read(run) for run in runs.find([folder] if folder else [])], _width())))
+
+
+def _compare(args, _) -> None:
+    from lbp.report import compare, runs
+
+    by = [key for key in (args.by or "").replace(" ", "").split(",") if key]
+    found = compare.compare(
+        [runs.read(run) for run in runs.find(args.runs)], by or compare.BY, args.metric
+    )
+    written = False
+    for path, content in ((args.csv, compare.as_csv), (args.markdown, compare.as_markdown)):
+        if path == "-":
+            print(content(found), end="")
+            written = True
+        elif path:
+            try:
+                Path(path).write_text(content(found), encoding="utf-8")
+            except OSError as error:
+                raise ConfigError(f"{path}: cannot be written ({error.strerror}); name another file") from None
+    if not written:
+        print("\n".join(compare.shown(found, _width())))
+    for line in compare.left_out(found):
+        print(line, file=sys.stderr if written else sys.stdout)
+
+
+def _doctor(args, overrides: list[str]) -> int:
+    if overrides and not args.repeat:
+        raise ConfigError(f"{overrides[0]}: goes with --repeat, as an override of the run that is repeated")
+    from lbp.launch.doctor import doctor
+
+    return doctor(overrides if args.repeat else None, _width())
+
+
+def _completion(args, _) -> None:
+    from lbp.report.complete import SCRIPTS
+
+    print(SCRIPTS[args.shell], end="")
 
 
 def _about(group: str, name: str) -> list[str]:

@@ -55,8 +55,7 @@ def poll() -> None:
 def deferred() -> Iterator[None]:
     """Within it a signal waits for `poll`."""
     global _deferred
-    if _asked and not _answered:
-        answer(_asked)
+    answer(_asked)  # also where it was raised already, in a destructor, and came to nothing
     before, _deferred = _deferred, True
     try:
         yield
@@ -78,9 +77,9 @@ def left_to_others() -> Iterator[None]:
 @contextmanager
 def listening(command: bool) -> Iterator[None]:
     """Takes the two signals over and gives them back. `command`: this process is the command's own, and may be left at
-    once; else (a notebook, a script) the second Ctrl-C is a KeyboardInterrupt. Does nothing in another thread, or
-    where somebody further out listens."""
-    global _asked, _answered
+    once; else (a notebook, a script) the second Ctrl-C is a KeyboardInterrupt, and one that came too late to stop
+    anything is raised at the end. Does nothing in another thread, or where somebody further out listens."""
+    global _asked, _answered, last_words
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is _handle:
         yield
         return
@@ -89,11 +88,18 @@ def listening(command: bool) -> Iterator[None]:
     ears = _Ears() if command else None
     try:
         yield
+    except Exception as error:
+        if _asked and _answered:  # raised in the middle of a library, that made another error of it
+            raise Interrupted(_asked) from error
+        raise
     finally:
         if ears:
             ears.close()
         for s, handler in before.items():
             signal.signal(s, handler)
+        missed = 0 if command or _answered else _asked
+        _asked, _answered, last_words = 0, False, lambda: None  # what comes after is not asked to end
+    answer(missed)
 
 
 def _handle(signum: int, frame) -> None:
@@ -136,7 +142,8 @@ class _Ears(threading.Thread):
                 heard = heard or signum[0]
         try:
             last_words()
-            print("\nlbp: left at once; the last checkpoint is where the run stands", file=sys.stderr, flush=True)
+            if not _among_ranks():  # there the launcher speaks
+                print("\nlbp: left at once; the last checkpoint is where the run stands", file=sys.stderr, flush=True)
         finally:
             os._exit(128 + heard)
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 BUCKET = 1 << 23    # values that travel together: enough to hide the latency, little beside the gradients
+START = 60.0        # seconds that ranks may take at least to start: they read libraries, one perhaps from a slow disk
 ROLL_CALL = 3.0     # seconds within which those that are alive notice that one is not
 
 _store = None
@@ -46,14 +47,22 @@ def expected() -> int:
 
 
 def join(timeout: float, cuda: bool) -> None:
-    """Meets the other ranks at the address in the environment. `timeout`: seconds that an exchange may take."""
+    """Meets the other ranks at the address in the environment. `timeout`: seconds that an exchange may take; all are
+    given longer to start in."""
     global _store, _timeout
     if expected() == 1 or _store:
         return
-    _store, own, of = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
-    _timeout = timeout
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=_store, rank=own, world_size=of,
+    start = timedelta(seconds=max(timeout, START))
+    store, own, of = next(dist.rendezvous("env://", timeout=start))
+    everyone = [f"lbp/here/{r}" for r in range(of)]
+    try:
+        store.set(everyone[own], "1")
+        store.wait(everyone, start)
+    except RuntimeError as error:
+        raise RankLost(f"not all of the {of} ranks were there within {start.total_seconds():g} s") from error
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=own, world_size=of,
                             timeout=timedelta(seconds=timeout))
+    _store, _timeout = store, timeout
 
 
 def leave() -> None:

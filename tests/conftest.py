@@ -81,6 +81,9 @@ class Log(list):
     def sync(self):
         pass
 
+    def follow(self, *_):
+        pass
+
 
 # ---- tasks, networks, rules
 

@@ -1,6 +1,7 @@
 """Networks: blocks that compose to the bit, shapes found without a trace, and the refusals of every arch."""
 
 import inspect
+import sys
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from conftest import ARCHS, CLASSES, defaults, make_task, tensors
 from torch import nn
 
 from lbp import registry
+from lbp.algos.ops import feedback_sites
 from lbp.archs.init import KINDS, draw
 from lbp.archs.network import ACTIVATIONS, Layer, Network
 from lbp.archs.network import norm as make_norm
@@ -15,7 +17,9 @@ from lbp.errors import ConfigError, Refused
 from lbp.training.setup import build_arch
 
 SHAPES = {"lenet": (1, 28, 28)}
-WIDTH = {"resnet20": {"width": 2}, "resnet32": {"width": 2}, "resnet56": {"width": 2}}
+WIDTH = {"resnet20": {"width": 2}, "resnet32": {"width": 2}, "resnet56": {"width": 2}, "resnet18": {"width": 1 / 32},
+         "vgg8b": {"width": 1 / 64, "dense": [7]}, "vgg11b": {"width": 1 / 64, "dense": [7]},
+         "vit": {"dim": 6, "depth": 2}, "torchvision": {"model": "mobilenet_v3_small"}}
 
 
 def make(arch, in_shape=None, seed=0, **knobs):
@@ -39,9 +43,11 @@ def test_blocks_compose_to_the_output_and_shapes_are_theirs(arch):
         network.train(mode)
         h = x
         with torch.no_grad():
+            torch.manual_seed(1)
             for name, block in network.blocks.items():
                 h = block(h)
                 assert network.shapes[name] == h.shape[1:]
+            torch.manual_seed(1)
             assert torch.equal(network(x), h)
 
 
@@ -213,7 +219,176 @@ def test_a_residual_unit_adds_a_strided_padded_shortcut():
     assert torch.equal(h[:, 1:3], x[:, :, ::2, ::2]) and not h[:, [0, 3]].any()
 
 
+def whole(arch, in_shape, **knobs):
+    """At full size, with ten classes and no values."""
+    with torch.device("meta"):
+        return build_arch({**defaults("arch", arch), **knobs}, make_task(in_shape, outputs=10, dtype=torch.float32))
+
+
+def parameters(network):
+    return sum(p.numel() for p in network.parameters())
+
+
+@pytest.mark.parametrize("arch, channels, pools", [
+    ("vgg8b", [128, 256, 256, 512, 512, 512], [2, 4, 5, 6]),
+    ("vgg11b", [128, 128, 128, 256, 256, 512, 512, 512, 512], [4, 6, 8, 9])])
+@pytest.mark.parametrize("shape, sides", [((1, 28, 28), (28, 14, 7, 3, 1)), ((3, 32, 32), (32, 16, 8, 4, 2)),
+                                          ((3, 96, 96), (48, 24, 12, 6, 3))], ids=str)
+def test_vggs_are_those_of_the_local_losses(arch, channels, pools, shape, sides):
+    """Nokland & Eidnes 2019, and the layer lists, stem and rounding of their code."""
+    network = whole(arch, shape)
+    expected, below, by_hand, pooled = [], shape[0], 0, 0
+    for i, out in enumerate(channels, 1):
+        pooled += i in pools
+        expected.append((out, sides[pooled], sides[pooled]))
+        kernel = 7 if shape[1] > 64 and i == 1 else 3
+        by_hand += out * (kernel**2 * below + 1) + 2 * out      # and the norm
+        below = out
+    flat = 512 * sides[-1] ** 2
+    assert list(network.shapes.values()) == [*expected[:-1], (flat,), (1024,), (10,)]
+    assert parameters(network) == by_hand + 1024 * (flat + 3) + 1025 * 10
+    layer = network.blocks["conv2"]
+    assert isinstance(layer.norm, nn.BatchNorm2d) and layer.activation.negative_slope == .01 and layer.linear.padding == (1, 1)
+    narrow = whole(arch, shape, width=.25)
+    assert [s[0] for s in list(narrow.shapes.values())[: len(channels) - 1]] == [c // 4 for c in channels[:-1]]
+    assert narrow.shapes["fc1"] == (1024,)
+
+
+def test_a_vgg_drops_whole_maps_and_single_dense_units():
+    network = make("vgg8b", (3, 16, 16), width=1 / 8, dense=[400], dropout=.5, activation="sigmoid", norm="none")
+    layer = network.blocks["conv1"]
+    assert isinstance(layer.dropout, nn.Dropout)     # as which rules that refuse dropout know it
+    maps = layer.activate(torch.zeros(5, 16, 4, 4)).flatten(2)
+    assert ((maps == 0).all(2) | (maps == 1).all(2)).all() and {0., 1.} == set(maps.flatten().tolist())
+    dense = network.blocks["fc1"].activate(torch.zeros(1, 400))
+    assert 100 < (dense == 0).sum() < 300
+
+
+def test_resnet18_is_the_papers_and_torchvisions():
+    """He et al. 2016, table 1, with the paper's stem: equal to torchvision's forward with its weights, to the bit."""
+    from torchvision import models
+
+    theirs = models.resnet18(weights=None, num_classes=CLASSES)
+    for module in theirs.modules():     # or the norms would do nothing
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(1, 2)
+    network = build_arch({**defaults("arch", "resnet18"), "stem": "large"}, make_task((3, 48, 48), dtype=torch.float32))
+    ours, values = network.state_dict(), list(theirs.state_dict().values())
+    network.load_state_dict(dict(zip(ours, values, strict=True)))
+    x = torch.randn(2, 3, 48, 48)
+    assert torch.equal(network.eval()(x), theirs.eval()(x))
+
+
+@pytest.mark.parametrize("shape, stem, first, last", [
+    ((3, 32, 32), "auto", 32, 4), ((3, 64, 64), "auto", 64, 8), ((3, 65, 65), "auto", 17, 3), ((3, 224, 224), "auto", 56, 7),
+    ((3, 32, 32), "large", 8, 1), ((3, 224, 224), "small", 224, 28)], ids=str)
+def test_resnet18_has_a_stem_for_each_size(shape, stem, first, last):
+    network = whole("resnet18", shape, stem=stem)
+    assert network.shapes["stem"] == (64, first, first) and network.shapes["unit4_1"] == (512, last, last)
+    if first == shape[1]:
+        assert parameters(network) == 11_173_962      # known of the usual one for CIFAR-10
+    weights = [n for n, m in network.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and "projection" not in n]
+    assert len(weights) == 18
+    assert whole("resnet18", shape, width=.25).shapes["unit3_2"][0] == 64
+
+
+def test_a_layer_of_the_vit_is_the_usual_pre_norm_one():
+    """Against nn.TransformerEncoderLayer with the same weights."""
+    layer = make("vit", dim=12, depth=2, heads=3).blocks["layer1"].eval()
+    theirs = nn.TransformerEncoderLayer(12, 3, 48, 0.0, "gelu", batch_first=True, norm_first=True)
+    a = layer.attention
+    with torch.no_grad():
+        theirs.self_attn.in_proj_weight.copy_(torch.cat([a.query.weight, a.key.weight, a.value.weight]))
+        theirs.self_attn.in_proj_bias.copy_(torch.cat([a.query.bias, a.key.bias, a.value.bias]))
+    theirs.self_attn.out_proj, theirs.linear1, theirs.linear2 = a.out, layer.up, layer.down
+    x = torch.randn(2, 16, 12)
+    torch.testing.assert_close(layer(x), theirs(x), rtol=1e-5, atol=1e-6)
+
+
+def test_the_vits_blocks():
+    network = make("vit", (3, 28, 28), patch=7, dim=12, depth=2, heads=3)
+    assert network.shapes == {"embed": (16, 12), "layer1": (16, 12), "layer2": (12,), "head": (CLASSES,)}
+    x = torch.randn(2, 3, 28, 28)
+    embed, last = network.blocks["embed"], network.blocks["layer2"]
+    torch.testing.assert_close(embed(x)[:, 6] - embed.positions[6], embed.linear(x)[:, :, 1, 2])     # row by row
+    h, pool = network.blocks["layer1"](embed(x)), last.pool
+    last.pool = nn.Identity()
+    torch.testing.assert_close(pool(last(h)), nn.functional.layer_norm(last(h), (12,)).mean(1))
+    # The error passes every projection but the patches'; positions are no weight that feedback could stand in for.
+    assert set(feedback_sites(network)) == {
+        f"blocks.layer{i}.{part}.weight" for i in (1, 2) for part in
+        ("attention.query", "attention.key", "attention.value", "attention.out", "up", "down")} | {"blocks.head.weight"}
+
+
+# ---- torchvision
+
+@pytest.mark.parametrize("model", [
+    "alexnet", "vgg11_bn", "resnet18", "resnext50_32x4d", "densenet121", "mobilenet_v2", "mobilenet_v3_small",
+    "efficientnet_b0", "efficientnet_v2_s", "convnext_tiny", "regnet_x_400mf", "regnet_y_400mf"])
+def test_torchvisions_classifiers_are_cut_without_changing_a_bit(model, monkeypatch):
+    from torchvision import models
+
+    theirs = models.get_model(model, weights=None, num_classes=CLASSES, **{"init_weights": False} if "vgg" in model else {})
+    x, outputs = torch.randn(2, 3, 64, 64), {}
+    state = {key: value.clone() for key, value in theirs.state_dict().items() if "running" in key or "tracked" in key}
+    for mode in (True, False):
+        torch.manual_seed(1)
+        with torch.no_grad():
+            outputs[mode] = theirs.train(mode)(x)
+    theirs.load_state_dict(state, strict=False)
+    known = {id(p) for p in theirs.parameters()}
+    monkeypatch.setattr(models, "get_model", lambda *args, **kwargs: theirs)
+    network = make("torchvision", (3, 64, 64), model=model)
+    assert {id(p) for p in network.parameters()} == known
+    for mode in (True, False):
+        network.train(mode)
+        torch.manual_seed(1)
+        h = x
+        with torch.no_grad():
+            for block in network.blocks.values():
+                kept, below = h.clone(), h
+                h = block(below)
+                assert torch.equal(below, kept)     # or what a rule keeps of a block would be another block's
+            assert torch.equal(h, outputs[mode])
+    assert sum(1 for _ in network.blocks) >= 8 and not feedback_sites(network).keys() - dict(network.named_parameters()).keys()
+
+
+def test_every_listed_model_is_one_of_torchvisions():
+    from torchvision import models
+
+    from lbp.archs.torchvision import STEPS
+    assert STEPS.keys() <= set(models.list_models(module=models))
+
+
+@pytest.mark.parametrize("model", ["inception_v3", "googlenet", "vit_b_16", "swin_t", "squeezenet1_0", "resnet19", "fcn_resnet50", ""])
+def test_other_models_are_refused_by_name(model):
+    with pytest.raises(ConfigError, match=f"arch.model={model}: .*" + "did you mean resnet1.*" * (model == "resnet19") + "regnet_x_400mf"):
+        make("torchvision", model=model)
+
+
+class Broken:
+    def __getattr__(self, name):
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+
+@pytest.mark.parametrize("module, says", [(None, "ModuleNotFoundError|ImportError"), (Broken(), "nms")], ids=["missing", "broken"])
+def test_a_missing_torchvision_is_named(module, says, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", module)
+    with pytest.raises(ConfigError, match=f"needs the package torchvision.*({says}).*pip install"):
+        make("torchvision")
+
+
 @pytest.mark.parametrize("arch, in_shape, knobs, says", [
+    ("vgg8b", (7,), {}, r"arch=mlp"), ("vgg8b", (3, 15, 32), {}, r"15x32.*4 times.*dataset\.resize"),
+    ("vgg8b", (3, 16, 16), {"stages": []}, r"arch\.stages"), ("vgg11b", (3, 16, 16), {"stages": [[4], []]}, r"arch\.stages"),
+    ("resnet18", (7,), {}, r"arch=mlp"), ("resnet18", (3, 7, 7), {}, r"8x8.*dataset\.resize"),
+    ("resnet18", (3, 8, 8), {"norm": "instance"}, r"none, batch or layer"),
+    ("resnet18", (3, 32, 32), {"norm": "instance", "stem": "large"}, r"none, batch or layer"),
+    ("vit", (7,), {}, r"arch=mlp"), ("vit", (3, 16, 16), {"patch": 5}, r"arch\.patch=5.*dataset\.resize=15"),
+    ("vit", (3, 16, 16), {"heads": 4}, r"arch\.heads=4.*arch\.dim=6"),
+    ("torchvision", (7,), {}, r"arch=mlp"), ("torchvision", (1, 32, 32), {}, r"3 channels.*arch=resnet18"),
+    ("torchvision", (3, 32, 32), {"model": "alexnet"}, r"alexnet: 32x32.*dataset\.resize \(64"),
     ("cnn", (7,), {}, r"arch=mlp"), ("lenet", (7,), {}, r"arch=(cnn|mlp)"), ("resnet20", (7,), {}, r"arch=mlp"),
     ("cnn", (3, 3, 3), {}, r"arch\.widths|dataset\.resize"), ("cnn", (3, 16, 16), {"widths": [4] * 5}, r"arch\.widths"),
     ("lenet", (3, 16, 16), {}, r"dataset\.resize=32"), ("resnet20", (3, 4, 4), {}, r"8x8"),

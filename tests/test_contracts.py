@@ -410,7 +410,9 @@ def test_in_place(name):
 
 IN_SHAPES = {"mlp": (7,), "lenet": (1, 28, 28)}
 SMALL = {"mlp": {"widths": [9, 8]}, "cnn": {"widths": [3, 4], "dense": [6]}, "lenet": {"widths": [2, 3, 8], "dense": 7},
-         "resnet20": {"width": 2}, "resnet32": {"width": 2}, "resnet56": {"width": 2}}
+         "resnet20": {"width": 2}, "resnet32": {"width": 2}, "resnet56": {"width": 2}, "resnet18": {"width": 1 / 32},
+         "vgg8b": {"width": 1 / 64, "dense": [7]}, "vgg11b": {"width": 1 / 64, "dense": [7]},
+         "vit": {"dim": 6, "depth": 2}, "torchvision": {"model": "mobilenet_v3_small"}}
 # algorithms known to work there (reference, section 12): the others may be refused, with a reason
 PLAIN = {"mlp", "cnn", "lenet", "stack"}
 MUST = {name: set(ARCHS) for name in ("bp", "shallow", "fa", "kp", "dfa", "local")} | {

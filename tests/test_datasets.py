@@ -467,7 +467,8 @@ def test_sklearn_tables(table, shape, total):
 # ---- MNIST's files
 
 def test_real_mnist():
-    data = loaded(name="mnist", root=str(real_root("MNIST/raw")), val_size=5000, batch_size=128)
+    data = loaded(name="torchvision_set", set="mnist", root=str(real_root("MNIST/raw")), val_size=5000,
+                  batch_size=128)
     assert [len(s) for s in (data.train, data.val, data.test)] == [55000, 5000, 10000]
     assert data.test.y[:8].tolist() == [7, 2, 1, 0, 4, 1, 4, 9]
     assert data.test.y.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
@@ -482,7 +483,7 @@ def test_idx_plain_and_gzipped(tmp_path):
     for name in list(made)[:2]:
         (raw / f"{name}.gz").write_bytes(gzip.compress((raw / name).read_bytes()))
         (raw / name).unlink()
-    data = loaded(name="mnist", root=str(tmp_path), normalize="none", val_size=0)
+    data = loaded(name="torchvision_set", set="mnist", root=str(tmp_path), normalize="none", val_size=0)
     assert data.test.x[:, 0].equal(torch.from_numpy(made["t10k-images-idx3-ubyte"]).float())
     sums = made["train-images-idx3-ubyte"].sum((1, 2), dtype=float)
     assert sorted(data.train.x.sum((1, 2, 3)).tolist()) == sorted(sums)
@@ -510,7 +511,7 @@ def test_images_and_labels_of_different_counts(tmp_path):
     write_mnist(tmp_path)
     (tmp_path / "MNIST/raw/train-labels-idx1-ubyte").write_bytes(idx_bytes(np.zeros(29)))
     with pytest.raises(DataError, match="30 samples, y 29"):
-        loaded(name="mnist", root=str(tmp_path))
+        loaded(name="torchvision_set", set="mnist", root=str(tmp_path))
 
 
 # ---- folders of images

@@ -33,7 +33,8 @@ STEMS = [f"{part}-{what}-ubyte" for part in ("train", "t10k") for what in ("imag
 
 
 def loaded(root):
-    return load({"name": "mnist", "root": str(root), "val_size": 0}, seed=0, batch_size=8)
+    cfg = {"name": "torchvision_set", "set": "mnist", "root": str(root), "val_size": 0}
+    return load(cfg, seed=0, batch_size=8)
 
 
 class Server:
@@ -401,11 +402,14 @@ def test_a_folder_that_may_not_be_entered(mirrored):
 @pytest.mark.parametrize("module, package", [
     ("torchvision.datasets", "torchvision"), ("sklearn.datasets", "scikit-learn")])
 def test_broken_packages_are_named(tmp_path, monkeypatch, module, package, error):
-    read = {name: registry.load("dataset", name) for name in ("mnist", "sklearn_table")}
+    read = {name: registry.load("dataset", name) for name in ("torchvision_set", "sklearn_table")}
 
     def broken(name):
         assert name == module
         raise error
     monkeypatch.setattr(sources.importlib, "import_module", broken)
     with pytest.raises(DataError, match=f"package {package}, .*{error}"):
-        read["mnist"](root=str(tmp_path)) if package == "torchvision" else read["sklearn_table"](table="iris")
+        if package == "torchvision":
+            read["torchvision_set"](root=str(tmp_path), set="mnist")
+        else:
+            read["sklearn_table"](table="iris")

@@ -24,7 +24,8 @@ ALLOWED = {
     "training": {"algos", "archs", "datasets", "interrupt", "logs", "metrics", "ranks", "registry"},
     "launch": {"config", "datasets", "interrupt", "knobs", "logs", "ranks", "registry", "training"},
     "api": {"algos", "archs", "config", "datasets", "launch", "registry", "training"},
-    "cli": {"config", "interrupt", "knobs", "registry", "launch"},
+    "report": {"knobs", "registry"},
+    "cli": {"config", "interrupt", "knobs", "registry", "launch", "report"},
 }
 
 
@@ -58,7 +59,13 @@ def test_rules_know_no_configuration_and_no_logger():
         assert not any(n.split(".")[0] in ("hydra", "omegaconf", "wandb") for n in imports(path)), path
 
 
-@pytest.mark.parametrize("command", ["--help", "--version", "list", "list archs", "show algo=dfa"])
+def test_reports_are_made_without_torch():
+    for path in (ROOT / "lbp/report").rglob("*.py"):
+        assert not {n.split(".")[0] for n in imports(path)} & {"torch", "numpy", "hydra", "omegaconf", "wandb"}, path
+
+
+@pytest.mark.parametrize("command", ["--help", "--version", "list", "list archs", "show algo=dfa", "list runs", "compare", "completion bash",
+                                     "--complete train trainer.ep"])
 def test_quick_commands_import_no_torch(command):
     code = ("import sys; sys.argv = ['lbp', *sys.argv[1:]]\nfrom lbp.cli import main\n"
             "try: main()\nexcept SystemExit: pass\n"

@@ -103,9 +103,11 @@ class BackwardThrough(TorchFunctionMode):
 
 
 class _Record(TorchFunctionMode):
-    """Which tensors serve as weights and whether an error must pass them; which are only added (embeddings)."""
+    """Which tensors serve as weights and whether an error must pass them; which only are added (embeddings) or scale
+    one axis (a norm's gain, also outside a norm)."""
 
     ADDITIVE = {"add", "add_", "__add__", "__radd__", "__iadd__", "embedding", "expand", "cat"}
+    SCALING = {"mul", "mul_", "__mul__", "__rmul__", "__imul__"}
 
     def __init__(self):
         super().__init__()
@@ -119,6 +121,8 @@ class _Record(TorchFunctionMode):
             self.met[id(weight)] = self.met.get(id(weight), False) or x.requires_grad
         elif func.__name__ in self.ADDITIVE:
             self.added |= {id(a) for a in (*args, *(args[0] if isinstance(args[0], (list, tuple)) else ()))}
+        elif func.__name__ in self.SCALING:
+            self.added |= {id(a) for a in args if isinstance(a, Tensor) and a.squeeze().dim() < 2}
         return func(*args, **kwargs)
 
 

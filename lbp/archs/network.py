@@ -131,25 +131,23 @@ class Network(nn.Module):
         is a Linear. Raises Refused when the stack does not end in exactly one Linear.
         """
         flat = [m for module in modules for m in _unnested(module)]
-        starts = [i for i, m in enumerate(flat) if _has_weights(m)]
+        starts = [m for m in flat if has_weights(m)]
         if len(starts) < 2 or not isinstance(flat[-1], nn.Linear):
             raise Refused("Network.of: the stack needs a hidden layer with weights and must end in one nn.Linear "
                           f"(losses take logits, so without a last activation): it ends in {flat[-1] if flat else None}")
         if in_shape is None:
-            if not isinstance(flat[starts[0]], nn.Linear):
+            if not isinstance(starts[0], nn.Linear):
                 raise Refused("Network.of: give in_shape=(channels, height, width): "
-                              f"it cannot be read off {type(flat[starts[0]]).__name__}")
-            in_shape = (flat[starts[0]].in_features,)
-        bounds = [0, *starts[1:], len(flat)]
-        groups = [flat[a:b] for a, b in zip(bounds, bounds[1:])]
+                              f"it cannot be read off {type(starts[0]).__name__}")
+            in_shape = (starts[0].in_features,)
+        *groups, head = cut(flat)
         kinds: dict[str, int] = {}
         blocks: dict[str, nn.Module] = {}
-        for group in groups[:-1]:
-            main = next(m for m in group if _has_weights(m))
+        for main, group in zip(starts, groups):
             kind = "fc" if isinstance(main, nn.Linear) else "conv" if isinstance(main, CONVOLUTIONS) else "block"
             kinds[kind] = kinds.get(kind, 0) + 1
-            blocks[f"{kind}{kinds[kind]}"] = _as_layer(group) or nn.Sequential(*group)
-        return cls({**blocks, "head": groups[-1][0]}, in_shape)
+            blocks[f"{kind}{kinds[kind]}"] = as_block(group)
+        return cls({**blocks, "head": head[0]}, in_shape)
 
 
 def block_of(parameter_name: str) -> str:
@@ -161,11 +159,22 @@ def _unnested(module: nn.Module) -> list[nn.Module]:
     return [m for child in module for m in _unnested(child)] if type(module) is nn.Sequential else [module]
 
 
-def _has_weights(module: nn.Module) -> bool:
+def has_weights(module: nn.Module) -> bool:
     return not isinstance(module, NORMS) and any(True for _ in module.parameters())
 
 
-def _as_layer(group: list[nn.Module]) -> Layer | None:
+def cut(modules: Sequence[nn.Module]) -> list[list[nn.Module]]:
+    """The modules in groups: one begins at each with weights; what stands before the first joins the first."""
+    bounds = [0, *[i for i, m in enumerate(modules) if has_weights(m)][1:], len(modules)]
+    return [list(modules[a:b]) for a, b in zip(bounds, bounds[1:])]
+
+
+def as_block(group: Sequence[nn.Module]) -> nn.Module:
+    """One module of a group: a Layer where it is plain."""
+    return _as_layer(group) or (group[0] if len(group) == 1 else nn.Sequential(*group))
+
+
+def _as_layer(group: Sequence[nn.Module]) -> Layer | None:
     """The group as a Layer when it reads [Flatten] weights [norm] [activation] [Dropout] [pools and Flatten]."""
     rest = list(group)
 

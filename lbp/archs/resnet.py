@@ -11,10 +11,12 @@ from lbp.errors import Refused
 class ResidualUnit(nn.Module):
     """Two 3x3 convolutions with norms, added to the shortcut, then the activation (He et al. 2016, figure 2).
 
-    The shortcut has no weights (their option A): strided, and padded with zero channels.
+    A shortcut that changes the shape has no weights (their option A): strided, and padded with zero channels; or, with
+    `project`, is a strided 1x1 convolution with a norm (their option B).
     """
 
-    def __init__(self, inputs: int, outputs: int, stride: int, norm: str, activation: str, pool: nn.Module | None = None):
+    def __init__(self, inputs: int, outputs: int, stride: int, norm: str, activation: str, pool: nn.Module | None = None,
+                 project: bool = False):
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
         self.norm1 = make_norm(norm, outputs, 2)
@@ -23,10 +25,15 @@ class ResidualUnit(nn.Module):
         self.activation = make_activation(activation)
         self.pool = pool or nn.Identity()
         self.stride, self.more = stride, outputs - inputs
+        self.projection = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 1, stride, bias=False), make_norm(norm, outputs, 2)) \
+            if project and (stride != 1 or self.more) else None
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm2(self.conv2(self.activation(self.norm1(self.conv1(x)))))
-        if self.stride != 1 or self.more:
+        if self.projection is not None:
+            x = self.projection(x)
+        elif self.stride != 1 or self.more:
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.more // 2, self.more - self.more // 2))
         return self.pool(self.activation(h + x))
 

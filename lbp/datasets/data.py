@@ -83,6 +83,11 @@ class Split:
         """Batches an epoch."""
         return len(self.x) // self.batch_size
 
+    def fingerprint(self) -> list[int]:
+        """A few numbers that tell these samples from others, whatever the device: sums of their bits."""
+        parts = [self.x, self.y, self.source]
+        return [len(self.x), *(int(p.view({4: torch.int32, 8: torch.int64}[p.element_size()]).sum(dtype=torch.int64)) for p in parts)]
+
     def order(self, epoch: int) -> Tensor:
         """The samples in the order of an epoch's batches."""
         return torch.randperm(len(self.x), generator=generator("order", self.seed, epoch))

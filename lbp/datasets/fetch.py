@@ -21,6 +21,7 @@ from lbp.errors import DataError
 TIMEOUT = 8.0       # seconds that a silent server is waited for
 WAIT = 1800.0       # seconds that another process's download is waited for
 FULL = errno.ENOSPC, errno.EDQUOT
+EMBEDDED = "mnist5k"        # real images that need no network
 
 
 def fetch(urls: list[str], to: Path, md5: str | None = None) -> None:
@@ -45,6 +46,14 @@ def fetch(urls: list[str], to: Path, md5: str | None = None) -> None:
         with contextlib.suppress(OSError):      # what was made for nothing goes again
             for folder in made:
                 folder.rmdir()
+
+
+def fetch_for(dataset: str, urls: list[str], to: Path, md5: str | None, place: str) -> None:
+    """`fetch` for a set: its refusal also says how `place` fits the configuration, and what needs no file."""
+    try:
+        fetch(urls, to, md5)
+    except DataError as cause:
+        raise DataError(f"dataset={dataset}: {cause}{place}, or use dataset={EMBEDDED} meanwhile") from cause
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """What several datasets need to get at their files."""
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -24,6 +26,18 @@ def optional(module: str, dataset: str) -> ModuleType:
 def line(cause: BaseException) -> str:
     """An exception as one line for a message."""
     return f"{type(cause).__name__}: {' '.join(str(cause).split())}"[:300].rstrip(".: ")
+
+
+@contextlib.contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Raises DataError, naming the file and the remedy, for whatever is wrong with one that was published."""
+    try:
+        yield
+    except (DataError, MemoryError):
+        raise
+    except Exception as cause:      # decoders raise errors of many kinds
+        raise DataError(f"{file} cannot be read: {line(cause)}. Replace it by a good copy, or delete it and "
+                        "it is fetched again") from cause
 
 
 def read_npz(file: Path) -> dict[str, np.ndarray]:

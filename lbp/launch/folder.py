@@ -46,9 +46,10 @@ def create(config: Config) -> Place:
     place = Place(folder, [p for p in reversed((folder, *folder.parents)) if not p.exists()])
     try:
         folder.mkdir(parents=True)
-        write(config, folder)
-        add_meta(folder, id=secrets.token_hex(8))
+        set_status(folder, "interrupted")  # until training begins
         (folder / "overrides.yaml").write_text(yaml.safe_dump(config.typed), encoding="utf-8")
+        add_meta(folder, id=secrets.token_hex(8))
+        write(config, folder)
     except FileExistsError:
         raise ConfigError(f"run.dir={folder}: exists already, and no run is ever overwritten; choose another, "
                           "or go on with it by lbp resume") from None
@@ -58,9 +59,9 @@ def create(config: Config) -> Place:
 
 
 def write(config: Config, folder: Path) -> None:
-    """config.yaml, and in meta.json how the configuration came about."""
-    text(folder / "config.yaml", config.yaml())
+    """In meta.json how the configuration came about, and config.yaml: the last, for a folder that has it is a run."""
     add_meta(folder, options=config.options, chosen=config.chosen, dropped=config.dropped)
+    text(folder / "config.yaml", config.yaml())
 
 
 def read(folder: Path) -> Config:
@@ -120,8 +121,13 @@ def set_status(folder: Path, status: str) -> None:
 def text(path: Path, content: str) -> None:
     """Writes a small file, whole or not at all."""
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text(content, encoding="utf-8")
-    os.replace(beside, path)
+    try:
+        beside.write_text(content, encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        error.filename = str(path)
+        raise
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

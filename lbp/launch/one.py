@@ -18,9 +18,10 @@ from lbp.errors import ConfigError, DataError, Diverged, out_of_resources
 from lbp.launch import folder as folders
 from lbp.launch.ranks import spread
 from lbp.launch.runs import find_run
+from lbp.launch.sync import wandb_id
 from lbp.logs.console import Console, say
 from lbp.logs.jsonl import Jsonl
-from lbp.logs.wandb import Wandb
+from lbp.logs.wandb import Wandb, mode_of
 from lbp.training.checkpoint import Checkpoints
 from lbp.training.loop import epochs_of, train as train_loop
 from lbp.training.setup import Experiment, build
@@ -46,6 +47,11 @@ class Logs:
         for log in self.logs:
             log.write(record)
 
+    def follow(self, state, steps: int, total: int, memory_mb) -> None:
+        """What moves between records, for a live view: see logs.live."""
+        if self.logs:
+            self.logs[1].follow(state, steps, total, memory_mb)
+
     def length(self) -> int:
         return self.logs[0].length() if self.logs else 0
 
@@ -63,6 +69,9 @@ def run(config: Config, arrays: Arrays | None = None) -> Result:
 
     Raises what lbp.errors names, and interrupt.Interrupted; STATUS and log.txt of the run's folder then say what happened.
     """
+    if ranks.expected() > 1:
+        raise ConfigError(f"lbp.run in each of {ranks.expected()} ranks would be as many runs; start one process with "
+                          "launch.ranks=N, or torchrun ... -m lbp train KEY=VALUE")
     with interrupt.listening(command=False):
         place = create(config)
         experiment = start(config, place.folder, place, arrays=arrays)
@@ -80,7 +89,10 @@ def create(config: Config) -> folders.Place:
     if source and not Path(source).is_file():
         source = find_run(source) / "checkpoints" / "last.pt"
     config.values["run"]["init_from"] = str(Path(source).absolute()) if source else None
-    return folders.create(config)
+    with interrupt.deferred():
+        place = folders.create(config)
+    interrupt.answer(interrupt.asked())
+    return place
 
 
 def start(config: Config, folder: Path, place: folders.Place | None, world: int = 0,
@@ -120,10 +132,10 @@ def train(config: Config, folder: Path, arrays: Arrays | None = None, new: bool 
     first = ranks.rank() == 0
     with folders.locked(folder) if first else nullcontext():
         content, problems = Checkpoints(folder / "checkpoints").latest() if first and not new else (None, [])
-        if first:
-            folders.set_status(folder, "running")
-            interrupt.last_words = lambda: folders.set_status(folder, "interrupted")
         try:
+            if first:
+                interrupt.last_words = lambda: folders.set_status(folder, "interrupted")
+                folders.set_status(folder, "running")
             content = ranks.from_first(content)
             experiment = build(values, arrays, begun=content is not None)
             with interrupt.deferred():
@@ -140,19 +152,19 @@ def train(config: Config, folder: Path, arrays: Arrays | None = None, new: bool 
             return experiment
         except BaseException as error:
             status = ("diverged" if isinstance(error, Diverged) else
-                      "interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed")
+                      "interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) or interrupt.asked() else "failed")
             if first and not (isinstance(error, (ConfigError, DataError)) and not log.logs):
                 with suppress(OSError), open(folder / "log.txt", "a", encoding="utf-8") as file:
                     file.write(traceback.format_exc())
-                error.add_note(f"lbp resume {folder.name} goes on" if status == "interrupted" else
+                error.add_note(f"lbp resume {folder} goes on" if status == "interrupted" and arrays is None else
                                f"the run's folder: {folder} (log.txt has the traceback)")
             if resource := out_of_resources(error, f"trainer.batch_size={values['trainer']['batch_size']}"):
                 raise resource from error
             raise
         finally:
-            log.close(status, summary)
             if first:
                 folders.set_status(folder, status)
+            log.close(status, summary)
             ranks.leave()
 
 
@@ -161,8 +173,10 @@ def logs_of(config: Config, experiment: Experiment, folder: Path, content: dict[
     values, task, before = config.values, experiment.data.task, _surroundings(folder)
     folders.describe(folder, experiment.environment, ranks.world())
     epochs = sum(epochs_of(phase, values["trainer"]) for phase in experiment.rule.phases())
+    record = Jsonl(folder / "metrics.jsonl", content["state"]["lines"] if content else 0)
     console = Console(folder / "log.txt", epochs, task.metric, experiment.data.val is not None,
-                      quiet=values["logger"]["console"] == "off")
+                      values["logger"]["console"])
+    interrupt.last_words = lambda: (folders.set_status(folder, "interrupted"), console.leave(0.5))
     for line in header(config, experiment, folder):
         console.line(line)
     for problem in problems:
@@ -173,9 +187,11 @@ def logs_of(config: Config, experiment: Experiment, folder: Path, content: dict[
         other = [f"{key} {old} -> {new}" for (key, old), new in zip(before.items(), _surroundings(folder).values()) if old != new]
         if other:
             console.line(f"warning: no longer bit for bit what it would have been: {', '.join(other)}")
-    logs = [Jsonl(folder / "metrics.jsonl", content["state"]["lines"] if content else 0), console]
-    if values["logger"]["wandb"]["mode"] != "disabled":
-        logs.append(Wandb(values["logger"]["wandb"], values, folder, folders.meta(folder)["id"]))
+    logs = [record, console]
+    if mode_of(values["logger"]["wandb"]["mode"]) != "disabled":
+        logs.append(view := Wandb(values["logger"]["wandb"], values, config.options, folder, wandb_id(folder)))
+        if view.mode == "online":
+            console.line(f"W&B: {view.run.url}")
     return Logs(*logs)
 
 
@@ -229,5 +245,5 @@ def chosen_lines(config: Config) -> list[str]:
 
 
 def result_lines(summary: dict[str, Any], metric: str, folder: Path) -> list[str]:
-    best = f", of the best epoch ({summary['best_epoch']}) {summary[f'best_test_{metric}']:.4f}" if "best_epoch" in summary else ""
+    best = f", of the best epoch ({summary['best_epoch']}) {summary[f'best_test_{metric}']:.4f}" if f"best_test_{metric}" in summary else ""
     return [f"test {metric} {summary[f'test_{metric}']:.4f}{best}; {summary['train_s']:.1f} s of training", f"result: {folder}"]

@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Iterator
 
+from lbp import ranks
 from lbp.config import Config, compose
 from lbp.errors import ConfigError
 from lbp.knobs import show
@@ -18,10 +19,12 @@ FREE = (*BUDGET, "trainer.checkpoint_every", "trainer.on_nonfinite", "launch.tim
 
 
 def prepare(run: Path, overrides: list[str]) -> tuple[Config, int] | None:
-    """The configuration to go on with and the number of ranks (0: as for a new run), or None for a run that is done. Raises ConfigError with every setting that
-    differs from those that the run was trained with, DataError where its checkpoints are damaged."""
+    """The configuration to go on with and the number of ranks (0: as for a new run), or None for a run that is done.
+
+    Raises ConfigError with every setting that differs from those that the run was trained with, DataError where its
+    checkpoints are damaged."""
     config = compose(overrides, run / "config.yaml")
-    content, _ = Checkpoints(run / "checkpoints").latest()
+    content, damaged = Checkpoints(run / "checkpoints").latest()
     if content:
         before = content["values"]
     else:
@@ -31,17 +34,22 @@ def prepare(run: Path, overrides: list[str]) -> tuple[Config, int] | None:
                 if key not in FREE and not key.startswith("logger.")]
     if problems:
         raise ConfigError(*problems, f"a run goes on with its own settings; free are {', '.join(FREE)}, logger.*; for another "
-                          f"experiment use lbp rerun {run.name} KEY=VALUE, or lbp train run.init_from={run.name}")
+                          f"experiment use lbp rerun {run} KEY=VALUE, or lbp train run.init_from={run}")
     old, new = changed.get("trainer.epochs", (0, 0))
     if new < old:
         raise ConfigError(f"trainer.epochs={new}: the run is to have {old} epochs already; give more, or leave it out")
-    if folders.status(run) == "done" and not set(changed) & set(BUDGET):
-        say(f"{run}: done already, after {content['state']['epoch'] if content else 0} epochs; lbp resume {run.name} "
+    if new > old and config.values["schedule"]["name"] != "constant":
+        say(f"schedule={config.values['schedule']['name']} is from now on that of {new} epochs")
+    if folders.status(run) == "done" and not set(changed) & set(BUDGET) and not damaged:  # what was damaged is trained again
+        say(f"{run}: done already, after {content['state']['epoch'] if content else 0} epochs; lbp resume {run} "
             "trainer.epochs=N trains it for longer")
         return None
+    world = len(content["ranks"]) if content else 0
+    if world and ranks.expected() not in (1, world):
+        raise ConfigError(f"--nproc-per-node: {ranks.expected()} ranks were started, but the run was trained by {world} and goes on with as many")
     written = folders.read(run)
     config = Config(config.values, written.options, written.typed, written.chosen, written.dropped)
-    return config, len(content["ranks"]) if content else 0
+    return config, world
 
 
 def resume(run: Path, overrides: list[str]) -> tuple[Config, Path, None, int] | None:

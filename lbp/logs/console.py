@@ -16,22 +16,43 @@ def say(line: str = "") -> None:
         sys.stdout = open(os.devnull, "w")
 
 
-class Console:
-    """One plain line an epoch, on the terminal (unless quiet) and in log.txt."""
+def can_be_live() -> bool:
+    """Whether stdout is a terminal that can go back to a line: no file, pipe, notebook or dumb one."""
+    try:
+        return sys.stdout.isatty() and os.environ.get("TERM", "dumb").lower() not in ("dumb", "unknown", "")
+    except (AttributeError, ValueError):    # none, or closed
+        return False
 
-    def __init__(self, log: Path, epochs: int, metric: str, validated: bool, quiet: bool):
+
+class Console:
+    """One plain line an epoch in log.txt; on stdout the same (plain), a live view (live), or nothing (off)."""
+
+    def __init__(self, log: Path, epochs: int, metric: str, validated: bool, how: str):
         self.file = open(log, "a", encoding="utf-8", buffering=1)
-        self.epochs, self.metric, self.validated, self.quiet = epochs, metric, validated, quiet
+        self.epochs, self.metric, self.validated, self.quiet = epochs, metric, validated, how == "off"
         self.angles: dict[str, float] = {}
         self.train: dict[str, Any] = {}
+        self.view = None
+        if how in ("auto", "live") and can_be_live():
+            from lbp.logs.live import View  # here: rich takes a while, and where nobody looks it is not needed
+
+            self.view = View(epochs, metric)
+        elif how == "live":
+            self.line("logger.console=live: stdout is no terminal that could show it; plain lines instead")
 
     def line(self, text: str) -> None:
         self.file.write(text + "\n")
         if not self.quiet:
             say(text)
 
+    def follow(self, state, steps: int, total: int, memory_mb) -> None:
+        if self.view:
+            self.view.follow(state, steps, total, memory_mb)
+
     def write(self, record: dict[str, Any]) -> None:
         split = record["split"]
+        if self.view and split != "warning":
+            self.view.write(record)
         if split == "warning":
             self.line(f"warning: {record['warning']}")
         elif split == "train":
@@ -43,8 +64,16 @@ class Console:
                 self._epoch({})
         elif split == "val":
             self._epoch(record)
+        elif split == "test":
+            self.leave()
+
+    def leave(self, seconds: float | None = None) -> None:
+        """Gives the terminal back, within so many seconds."""
+        if self.view:
+            self.view.stop(seconds)
 
     def close(self, status: str, summary: dict[str, Any]) -> None:
+        self.leave()
         self.file.close()
 
     def _epoch(self, val: dict[str, Any]) -> None:
@@ -57,4 +86,7 @@ class Console:
             parts.append(f"{train['samples_per_s']:,.0f} samples/s")
         if self.angles:
             parts.append("angle to bp " + " ".join(f"{name} {angle:.0f}" for name, angle in self.angles.items()))
-        self.line("  ".join(parts))
+        if self.view:
+            self.file.write("  ".join(parts) + "\n")
+        else:
+            self.line("  ".join(parts))

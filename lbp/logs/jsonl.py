@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lbp.errors import DataError
+
 
 def plain(value: Any) -> Any:
     """`value` as JSON can hold it: non-finite numbers become null, since JSON has none."""
@@ -19,11 +21,15 @@ def plain(value: Any) -> Any:
 class Jsonl:
     """metrics.jsonl: the record of a run, one object a line, each line written whole and at once.
 
-    `length`: bytes to keep of a file that is there: what came later will come again."""
+    `length`: bytes to keep of a file that is there: what came later will come again. Raises DataError where it has less."""
 
     def __init__(self, path: Path, length: int = 0):
+        size = path.stat().st_size if path.exists() else 0
+        if size < length:
+            raise DataError(f"{path}: has {size:,} bytes, and the checkpoint knows of {length:,}: lines were lost since; put the "
+                            "file back, or start over by lbp rerun")
         self.file = open(path, "ab", buffering=0)
-        self.file.truncate(min(length, self.file.tell()))
+        self.file.truncate(length)
 
     def write(self, record: dict[str, Any]) -> None:
         line = (json.dumps(plain(record)) + "\n").encode()

@@ -17,14 +17,17 @@ import torch
 from lbp.errors import DataError, OutOfResources
 
 FORMAT = 1      # of the content; another one is refused by name
+PARTS = ("values", "rule", "apply", "state", "ranks")
 PREFIX = b"lbp sha256 "
 
 
 class Checkpoints:
-    """A run's folder of checkpoints: `last.pt`, the one before it as `previous.pt`, and the validation's choice `best.pt`."""
+    """A run's folder of checkpoints: `last.pt`, the one before it as `previous.pt`, the validation's choice `best.pt`, and
+    `epoch.pt`, the last that was made between two epochs, where a run asks for it."""
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.trusted = False    # last.pt is of this process, or was found good
 
     def save(self, content: dict[str, Any], best: bool = False) -> None:
         """Writes the content as last.pt, and as best.pt if it is that; at every moment last.pt is a whole one."""
@@ -33,10 +36,15 @@ class Checkpoints:
         write(new, content)
         if best:  # before last.pt: going on from the older one comes here again
             _also(new, self.folder / "best.pt")
-        if last.exists():
+        if self.trusted or _good(last):  # a damaged one must not push out the good one before it
             _also(last, self.folder / "previous.pt")
         os.replace(new, last)
+        self.trusted = True
         _settle(self.folder)
+
+    def keep_for_epoch(self) -> None:
+        """Remembers last.pt as what an epoch began with."""
+        _also(self.folder / "last.pt", self.folder / "epoch.pt")
 
     def latest(self) -> tuple[dict[str, Any] | None, list[str]]:
         """The newest good checkpoint, None if there is none, and what is wrong with those that had to be passed over.
@@ -59,6 +67,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
     Raises OutOfResources, with the figures, where the disk is full."""
     try:
+        path.unlink(missing_ok=True)  # left by a kill, it may be best.pt by another name: never written into
         with open(path, "wb") as file:
             hashed = _Hashed(file)
             torch.save({"format": FORMAT, **content}, hashed)
@@ -91,13 +100,16 @@ def load(path: Path) -> dict[str, Any]:
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"it has format {content.get('format') if isinstance(content, dict) else None}, this lbp reads "
                              f"{FORMAT}: use the lbp that wrote it, or train again")
+        if missing := [part for part in PARTS if part not in content]:
+            raise ValueError(f"it has no {', '.join(missing)}: not a checkpoint of a run")
         return content
     except MemoryError:
         raise
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such checkpoint") from None
     except Exception as error:  # torch raises half a dozen types for a damaged file
-        raise DataError(f"{path}: not a readable checkpoint ({type(error).__name__}: {str(error).splitlines()[0]})") from error
+        why = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+        raise DataError(f"{path}: not a readable checkpoint ({why})") from error
 
 
 class _Hashed:
@@ -123,6 +135,14 @@ def _also(source: Path, name: Path) -> None:
     except OSError:  # some file systems have no links
         shutil.copyfile(source, beside)
     os.replace(beside, name)
+    beside.unlink(missing_ok=True)  # two names of one file: replacing did nothing
+
+
+def _good(path: Path) -> bool:
+    try:
+        return bool(load(path))
+    except DataError:
+        return False
 
 
 def _settle(folder: Path) -> None:

@@ -9,6 +9,7 @@ from lbp import ranks
 from lbp.archs.network import Network
 from lbp.datasets.data import Split
 from lbp.errors import Diverged
+from lbp.training.checkpoint import load
 from lbp.training.progress import Progress
 
 
@@ -34,7 +35,7 @@ class Statistics:
 
 
 def leave_out(error: Diverged, progress: Progress, split: Split, how: str, folder: Path) -> None:
-    """`how`: "stop" raises; "skip" goes on after the batch; "restore" from the last checkpoint's weights as well.
+    """`how`: "stop" raises; "skip" goes on after the batch; "restore" with the weights and optimizers that the epoch began with.
 
     nonfinite.jsonl receives the batch's samples, as they stand in the dataset. Raises Diverged too where nothing in an
     epoch was finite."""
@@ -50,7 +51,14 @@ def leave_out(error: Diverged, progress: Progress, split: Split, how: str, folde
     state.step, state.batch, state.nonfinite = state.step + 1, state.batch + 1, state.nonfinite + 1
     progress.warn("nonfinite", f"step {state.step}: {error}; such batches are left out (trainer.on_nonfinite={how})")
     if how == "restore":
-        content = ranks.from_first(progress.checkpoints.latest()[0] if ranks.rank() == 0 else None)
-        progress.restore_weights(content)
+        progress.restore_weights(ranks.from_first(load(folder / "checkpoints/epoch.pt") if ranks.rank() == 0 else None))
     if state.batch == split.steps and not state.targets:
         raise Diverged(f"not one batch of epoch {state.epoch + 1} was finite; lower optimizer.lr")
+
+
+def forget(folder: Path, step: int) -> None:
+    """Takes back what nonfinite.jsonl says of steps that will come again."""
+    path = folder / "nonfinite.jsonl"
+    if path.exists():
+        lines = path.read_text("utf-8").splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step), encoding="utf-8")

@@ -14,7 +14,7 @@ from lbp.algos.rule import Learned, Phase
 from lbp.errors import Diverged
 from lbp.metrics.measure import Measure
 from lbp.training.environment import seed_all
-from lbp.training.guards import Statistics, leave_out
+from lbp.training.guards import Statistics, forget, leave_out
 from lbp.training.optim import schedule
 from lbp.training.progress import Progress
 from lbp.training.results import evaluate, over_ranks, summarise
@@ -30,8 +30,8 @@ def epochs_of(phase: Phase, trainer: dict[str, Any]) -> int:
 def train(experiment: Experiment, log, folder: Path, content: dict[str, Any] | None = None) -> dict[str, Any]:
     """Trains to the end, from the start or from a checkpoint's content, and returns the summary of results.
 
-    `log.write(record)` receives every line of metrics.jsonl, `log.length()` says how long that is by now. Raises
-    interrupt.Interrupted, with a checkpoint written, where a signal asks for it.
+    `log.write(record)` receives every line of metrics.jsonl, `log.length()` says how long that is by now, and
+    `log.follow` sees what moves in between. Raises interrupt.Interrupted, with a checkpoint written, where a signal asks for it.
     """
     return Loop(experiment, log, folder, content).run()
 
@@ -49,12 +49,15 @@ class Loop:
         seed_all(experiment.values["seed"], f"training {ranks.rank()}" if ranks.rank() else "training")
         if content:
             self.progress.restore(content)
+            if ranks.rank() == 0:
+                forget(folder, self.state.step)
         self.late = False   # trainer.max_minutes are over
 
     def run(self) -> dict[str, Any]:
         state = self.state
-        if self.trainer["on_nonfinite"] == "restore" and self.progress.saved is None:
-            self.progress.save()
+        self.log.follow(state, self.data.train.steps, self.total_steps, self.env.peak_memory_mb)
+        if self.trainer["on_nonfinite"] == "restore" and not state.batch:
+            self.progress.save(begins_epoch=True)
         for number, (phase, epochs) in enumerate(self.phases):
             if number > state.phase and not self.late:
                 state.phase, state.phase_epoch, state.without_gain = number, 0, 0
@@ -83,7 +86,7 @@ class Loop:
         from torch.utils.flop_counter import FlopCounterMode  # here: importing it costs a second, which is no step's time
 
         state, apply, task, env = self.state, self.apply, self.task, self.env
-        apply.still = None
+        apply.still = state.still if state.batch else None
         self.progress.start_lap()
         for x, y in self.data.train.batches(state.epoch, state.batch):
             if self.ends_before(y):
@@ -202,7 +205,7 @@ class Loop:
             state.without_gain = 0 if better else state.without_gain + 1
             if better:
                 state.best, state.best_epoch = found[self.task.metric], state.epoch
-        self.progress.save(best=better)
+        self.progress.save(best=better, begins_epoch=self.trainer["on_nonfinite"] == "restore")
 
     def means(self) -> dict[str, float]:
         """Loss and metric over the epoch so far."""

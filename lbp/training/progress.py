@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lbp import ranks
-from lbp.errors import ConfigError
+from lbp.errors import ConfigError, DataError
 from lbp.training.checkpoint import Checkpoints
 from lbp.training.environment import generators, set_generators
 from lbp.training.setup import Experiment
@@ -42,6 +42,8 @@ class State:
     best: float | None = None
     best_epoch: int | None = None
     train: dict[str, float] = field(default_factory=dict)
+    still: bool | None = None
+    warned: list[str] = field(default_factory=list)
     layers: dict[str, dict[str, float]] = field(default_factory=dict)
     total: dict[str, float] = field(default_factory=dict)
 
@@ -53,7 +55,7 @@ class Progress:
         self.experiment, self.log = experiment, log
         self.state, self.checkpoints = State(), Checkpoints(folder / "checkpoints")
         self.saved: int | None = None   # the step of the last checkpoint
-        self.warned: set[str] = set()
+        self.data = experiment.data.train.fingerprint()
         self.began = self.mark = self.saved_at = time.perf_counter()
 
     def start_lap(self) -> None:
@@ -74,25 +76,30 @@ class Progress:
     def content(self) -> dict[str, Any]:
         """What a checkpoint holds: every rank gives its part. Tensors are the living ones, not copies."""
         self.tick()
-        self.state.lines = self.log.length()
+        self.state.lines, self.state.still = self.log.length(), self.experiment.apply.still
         mine = {"generators": generators(), "loss": self.state.loss, "score": self.state.score}
         return {"values": self.experiment.values, "rule": self.experiment.rule.state_dict(),
-                "apply": self.experiment.apply.state_dict(), "state": dict(vars(self.state)), "ranks": ranks.everyones(mine)}
+                "apply": self.experiment.apply.state_dict(), "state": {**vars(self.state), "warned": [*self.state.warned]}, "data": self.data, "ranks": ranks.everyones(mine)}
 
-    def save(self, content: dict[str, Any] | None = None, best: bool = False) -> None:
+    def save(self, content: dict[str, Any] | None = None, best: bool = False, begins_epoch: bool = False) -> None:
         """Writes a checkpoint of now, or of when `content` was taken; its time counts as no lap's."""
         content = content or self.content()
         if ranks.rank() == 0:
             self.log.sync()
             self.checkpoints.save(content, best)
+            if begins_epoch:
+                self.checkpoints.keep_for_epoch()
         self.saved = content["state"]["step"]
         self.saved_at = self.mark = time.perf_counter()
 
     def restore(self, content: dict[str, Any]) -> None:
-        """Puts everything where it stood. Raises ConfigError for another number of ranks."""
+        """Puts everything where it stood. Raises ConfigError for another number of ranks, DataError for other data."""
         if len(content["ranks"]) != ranks.world():
             raise ConfigError(f"launch.ranks={ranks.world()}: the run was trained by {len(content['ranks'])} rank(s), "
                               "and goes on with as many")
+        if content["data"] != self.data:
+            raise DataError(f"dataset={self.experiment.data.name}: its training samples are not those that the run was trained "
+                            "with; put them back, or start over by lbp rerun")
         mine = content["ranks"][ranks.rank()]
         self.restore_weights(content)
         for key, value in {**content["state"], "loss": mine["loss"], "score": mine["score"]}.items():
@@ -101,11 +108,15 @@ class Progress:
         self.saved = self.state.step
 
     def restore_weights(self, content: dict[str, Any]) -> None:
-        self.experiment.rule.load_state_dict(content["rule"])
-        self.experiment.apply.load_state_dict(content["apply"])
+        try:
+            self.experiment.rule.load_state_dict(content["rule"])
+            self.experiment.apply.load_state_dict(content["apply"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise DataError(f"{self.checkpoints.folder / 'last.pt'}: not of the network that this run's config.yaml builds "
+                            f"({str(error).splitlines()[-1].strip()}); use the lbp that wrote it, or start over by lbp rerun") from error
 
     def warn(self, kind: str, text: str) -> None:
         """A line of the log, once for each kind of trouble."""
-        if kind not in self.warned:
-            self.warned.add(kind)
+        if kind not in self.state.warned:
+            self.state.warned.append(kind)
             self.log.write({"step": self.state.step, "epoch": self.state.epoch, "split": "warning", "warning": text})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from lbp import interrupt, ranks
 from lbp.algos.rule import LearningRule
 from lbp.datasets.data import Split
 from lbp.datasets.task import Task
-from lbp.errors import Diverged
+from lbp.errors import DataError, Diverged
 from lbp.training import checkpoint
 from lbp.training.environment import Environment
 from lbp.training.progress import State
@@ -45,6 +46,15 @@ def over_ranks(loss: Tensor | float, score: Tensor | float, count: int) -> tuple
     return tuple(sum(part) for part in zip(*parts)) if len(parts) > 1 else (loss, score, count)
 
 
+def _best(folder: Path) -> dict[str, Tensor] | None:
+    """The weights of best.pt; a damaged one costs a figure, not the run."""
+    try:
+        return checkpoint.load(folder / "checkpoints/best.pt")["rule"]
+    except DataError as error:
+        print(f"lbp: warning: no best_test: {error}", file=sys.stderr)
+        return None
+
+
 def summarise(experiment: Experiment, state: State, folder: Path) -> dict[str, Any]:
     """The final weights on every split, and those of the best epoch on the test split."""
     data, rule, env = experiment.data, experiment.rule, experiment.environment
@@ -56,14 +66,16 @@ def summarise(experiment: Experiment, state: State, folder: Path) -> dict[str, A
     result = {"epochs": state.epoch, "steps": state.step,
               **{f"{split}_{name}": value for split, metrics in found.items() for name, value in metrics.items()}}
     if state.best_epoch is not None:
-        best = found["test"]
-        if state.best_epoch != state.epoch:
+        best, result["best_epoch"] = found["test"], state.best_epoch
+        if state.best_epoch != state.epoch and (content := ranks.from_first(_best(folder) if ranks.rank() == 0 else None)) is None:
+            best = None
+        elif state.best_epoch != state.epoch:
             last = {name: value.clone() if isinstance(value, Tensor) else value for name, value in rule.state_dict().items()}
-            rule.load_state_dict(ranks.from_first(
-                checkpoint.load(folder / "checkpoints/best.pt")["rule"] if ranks.rank() == 0 else None))
+            rule.load_state_dict(content)
             best = evaluate(rule, task, data.test, env)
             rule.load_state_dict(last)
-        result |= {"best_epoch": state.best_epoch, f"best_test_{task.metric}": best[task.metric]}
+        if best:
+            result[f"best_test_{task.metric}"] = best[task.metric]
     train_s = state.train_s + state.epoch_s  # of an epoch that was cut short, too
     return result | {
         "parameters": sum(p.numel() for p in experiment.network.parameters()),

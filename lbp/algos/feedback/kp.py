@@ -39,8 +39,10 @@ class KP(LearningRule):
         loss.sum().backward()
         if self.decay:
             with torch.no_grad():
-                # A batch that will be refused must not move weights either.
-                finite = loss.sum().isfinite()
+                # A batch that will be refused must not move weights either, on no rank.
+                total = loss.detach().sum()
+                ops.over_ranks(total)
+                finite = total.isfinite()
                 for weight in (*self.sites.values(), *self.backward_weights):
                     weight.mul_(1 - self.decay * finite.to(weight.dtype))
         return Learned(out.detach(), loss.detach())

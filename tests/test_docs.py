@@ -1,5 +1,6 @@
 """What the pages say is done by these tests as it stands there: files are written, commands are run, in their order."""
 
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -37,3 +38,10 @@ def test_links_lead_somewhere():
     for page in PAGES:
         for path in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert path.startswith("http") or (page.parent / path).exists(), f"{page.name}: {path}"
+
+
+def test_the_catalogue_is_what_the_registries_say():
+    """Out of date? python scripts/catalogue.py > docs/catalogue.md"""
+    spec = importlib.util.spec_from_file_location("catalogue", ROOT / "scripts/catalogue.py")
+    spec.loader.exec_module(catalogue := importlib.util.module_from_spec(spec))
+    assert (ROOT / "docs/catalogue.md").read_text() == catalogue.page()

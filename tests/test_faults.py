@@ -478,8 +478,3 @@ def test_every_file_of_a_family_is_a_rule_or_says_that_it_is_none():
     """A rule's file that lacks `facts` would vanish without a word."""
     classes = {p.stem for p in (ROOT / "lbp/algos").glob("*/*.py") if "(LearningRule)" in p.read_text("utf-8")}
     assert classes <= set(registry.names("algo"))
-
-
-def test_the_readme_names_every_rule():
-    text = (ROOT / "README.md").read_text("utf-8")
-    assert not [p.stem for p in (ROOT / "conf/algo").glob("[!_]*.yaml") if f"`{p.stem}`" not in text]

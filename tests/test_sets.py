@@ -473,7 +473,7 @@ def test_sine():
 
 
 def test_teacher_student():
-    x, y, x_test, y_test = flat(read("teacher_student"))
+    x, y, _, y_test = flat(read("teacher_student"))
     assert x.shape == (1600, 1) and y.shape == (1600, 10) and y_test.shape == (320, 10)
     assert -1 <= x.min() < -0.99 and 0.99 < x.max() < 1
     # without biases, a relu teacher scales with its input, and a tanh teacher is odd

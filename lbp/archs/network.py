@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -166,7 +167,7 @@ def has_weights(module: nn.Module) -> bool:
 def cut(modules: Sequence[nn.Module]) -> list[list[nn.Module]]:
     """The modules in groups: one begins at each with weights; what stands before the first joins the first."""
     bounds = [0, *[i for i, m in enumerate(modules) if has_weights(m)][1:], len(modules)]
-    return [list(modules[a:b]) for a, b in zip(bounds, bounds[1:])]
+    return [list(modules[a:b]) for a, b in pairwise(bounds)]
 
 
 def as_block(group: Sequence[nn.Module]) -> nn.Module:

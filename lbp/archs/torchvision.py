@@ -68,7 +68,7 @@ def torchvision(task, *, model: str) -> Network:
     *hidden, (head,) = cut(modules)
     network = Network({**{name: as_block(group) for name, group in zip(starts, hidden)}, "head": head}, task.in_shape)
     try:
-        network.shapes
+        _ = network.shapes
     except RuntimeError as error:
         if min(task.in_shape[1:]) >= 64:
             raise

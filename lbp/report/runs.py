@@ -18,7 +18,7 @@ from lbp.errors import ConfigError
 
 ENDED = ("done", "failed", "diverged", "interrupted")
 STATUSES = (*ENDED, "running", "killed", "damaged")  # killed: says running, but nobody holds its lock
-TAIL = 1 << 18  # of metrics.jsonl, which may be of any length, this much is looked at
+TAIL = 1 << 17  # of metrics.jsonl, which may be of any length, this much is looked at
 DEEP = 5  # outputs/DATE/SWEEP/TRIAL, and some
 
 
@@ -208,20 +208,23 @@ def _record(path: Path) -> tuple[str, int]:
             size = os.fstat(file.fileno()).st_size
             file.seek(max(0, size - TAIL))
             data = file.read()
+            if size > TAIL and data.count(b"\n") < 2:  # a line of a huge network
+                file.seek(0)
+                data = file.read()
+            elif size > TAIL:
+                data = data[data.find(b"\n") + 1 :]
     except OSError:
         return "metrics.jsonl is missing", 0
-    if size > TAIL:
-        data = data[data.find(b"\n") + 1 :]
     wrong, epoch = "", 0
     if data and not data.endswith(b"}\n"):
         wrong = "metrics.jsonl ends within a line"
         data = data[: data.rfind(b"\n") + 1]
-    lines = data.count(b"\n")  # to parse each would take seconds for a thousand runs
-    if b"\0" in data or data.count(b"}\n") != lines or data.startswith(b"{") + data.count(b"\n{") != lines:
+    lines = data.split(b"\n")[:-1]  # to parse each would take seconds for a thousand runs
+    if b"\0" in data or not all(line.startswith(b"{") and line.endswith(b"}") for line in lines):
         wrong = "metrics.jsonl has damaged lines"
     try:
         if lines:
-            epoch = int(json.loads(data[data.rfind(b"\n", 0, -1) + 1 :])["epoch"])
+            epoch = int(json.loads(lines[-1])["epoch"])
     except (ValueError, KeyError, TypeError):
         wrong = "metrics.jsonl has damaged lines"
     return wrong, epoch
@@ -251,9 +254,9 @@ def _started(folder: Path) -> float:
     """As meta.json has it, near its end; else what the folder's name and files tell."""
     date, clock, _, written, _ = begun(folder)
     said = re.findall(r'"started": "([^"]+)"', _tail(folder / "meta.json", 1024))
-    for text, form in ((said[-1] if said else "", "%Y-%m-%dT%H:%M:%S.%f%z"), (f"{date} {clock}", "%Y-%m-%d %H%M%S")):
+    for text in (*said[-1:], f"{date}T{clock}"):
         try:
-            return datetime.strptime(text, form).timestamp()
+            return datetime.fromisoformat(text).timestamp()
         except ValueError:
             pass
     return written

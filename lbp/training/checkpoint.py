@@ -17,7 +17,7 @@ import torch
 from lbp.errors import DataError, OutOfResources
 
 FORMAT = 1      # of the content; another one is refused by name
-PARTS = ("values", "rule", "apply", "state", "ranks")
+PARTS = ("values", "rule", "apply", "state", "data", "ranks")
 PREFIX = b"lbp sha256 "
 
 

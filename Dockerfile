@@ -1,0 +1,24 @@
+# docs/docker.md says how to build and run this.
+FROM python:3.11-slim-bookworm
+
+# Wheels for a CPU. For a GPU another of PyTorch's indices, as https://download.pytorch.org/whl/cu130: its wheels bring CUDA.
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Bounds as in pyproject.toml: an index that has only older ones fails here, instead of PyPI's CUDA build coming with lbp.
+RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" "torch>=2.11" "torchvision>=0.26"
+
+COPY pyproject.toml README.md /src/
+COPY lbp /src/lbp
+COPY conf /src/conf
+RUN pip install --no-cache-dir /src
+
+# Writable by whatever user --user names; one without an entry in /etc/passwd has no home and no name but these.
+RUN useradd --uid 1000 --home-dir /tmp lbp && mkdir -p /data /work/outputs && chmod 1777 /data /work /work/outputs
+ENV HOME=/tmp USER=lbp LBP_DATA=/data PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+WORKDIR /work
+VOLUME ["/data", "/work/outputs"]
+USER 1000
+
+ARG COMMIT=unknown
+LABEL org.opencontainers.image.revision=$COMMIT
+
+ENTRYPOINT ["lbp"]

@@ -31,7 +31,8 @@ from lbp.launch import folder as folders
 from lbp.launch.one import start
 from lbp.launch.resume import resume
 from lbp.launch.sync import sync
-from lbp.logs import console, live, wandb as view
+from lbp.logs import console, live
+from lbp.logs import wandb as view
 from lbp.logs.wandb import Wandb, flat, flat_summary, mode_of
 from lbp.training.loop import Loop
 from lbp.training.progress import State
@@ -111,13 +112,10 @@ def on_a_terminal(*argv, columns=80, rows=24, act=None, env=None, code=None):
                     out += got
                     if act and act(process, out) == "hang up":
                         break
+            return process.wait(60), out.decode()
         finally:
             os.close(master)
-            try:
-                return process.wait(60), out.decode()
-            except subprocess.TimeoutExpired:
-                process.kill()
-                raise
+            process.kill()
 
 
 TRAIN = (*QUICK[:4], "logger.wandb.mode=disabled", "run.dir=there")

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LINES = [line.strip() for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    ")]
-COMMANDS = [line for line in LINES if line.startswith("lbp ")]
+COMMANDS = [line.partition("  #")[0] for line in LINES if line.startswith("lbp ")]
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,9 @@ class Console:
         self.train: dict[str, Any] = {}
         self.view = None
         if how in ("auto", "live") and can_be_live():
-            from lbp.logs.live import View  # here: rich takes a while, and where nobody looks it is not needed
+            from lbp.logs.live import (
+                View,  # here: rich takes a while, and where nobody looks it is not needed
+            )
 
             self.view = View(epochs, metric)
         elif how == "live":

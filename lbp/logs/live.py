@@ -43,7 +43,7 @@ class Terminal(Console):
         return False
 
     def on_broken_pipe(self) -> None:
-        raise
+        raise BrokenPipeError   # rich would leave the process
 
 
 class View:

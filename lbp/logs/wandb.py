@@ -37,21 +37,22 @@ class Wandb:
         with _somewhere_to_log(folder):
             for mode in dict.fromkeys((mode_of(settings["mode"]), "offline")):
                 try:
-                    self.run = within(START, lambda: self._begin(mode, settings, values, options))
+                    self.run = within(START, lambda mode=mode: self._begin(mode, settings, values, options))
                     self.mode = mode
                     break
                 except Exception as error:
                     self.problem = self.problem or error
-        if not self.run:
-            return self._off(self.problem)
-        if self.problem:
-            say(f"warning: W&B is offline for this run ({said(self.problem)}); lbp sync {folder.name} sends it later")
-        past = list(lines(folder / "metrics.jsonl"))
-        self.limit, self.queue = BEHIND + len(past), queue.SimpleQueue()
-        for record in past:
-            self.queue.put(record)
-        self.thread = threading.Thread(target=self._work, daemon=True, name="lbp-wandb")
-        self.thread.start()
+        if self.run:
+            if self.problem:
+                say(f"warning: W&B is offline for this run ({said(self.problem)}); lbp sync {folder.name} sends it later")
+            past = list(lines(folder / "metrics.jsonl"))
+            self.limit, self.queue = BEHIND + len(past), queue.SimpleQueue()
+            for record in past:
+                self.queue.put(record)
+            self.thread = threading.Thread(target=self._work, daemon=True, name="lbp-wandb")
+            self.thread.start()
+        else:
+            self._off(self.problem)
 
     def write(self, record: dict[str, Any]) -> None:
         if self.run:
@@ -112,7 +113,7 @@ class Wandb:
         """Earlier and partial recordings of this run go: this one is whole."""
         with suppress(Exception):
             mine = Path(self.run.dir).resolve().parent
-            for other in mine.parent.glob(f"*run-*-{self.id}"):
+            for other in mine.parent.glob(f"*run-*-{self.id}*"):  # of one second: -1, -2 ...
                 if other.resolve() != mine and not other.is_symlink():
                     shutil.rmtree(other, ignore_errors=True)
 

@@ -477,6 +477,7 @@ class Fake:
 
     def __init__(self, monkeypatch, **does):
         self.does, self.calls, self.rows, self.modes, self.summary, self.dir, self.url = does, [], [], [], self, "/nowhere/files", "https://there"
+        self.run = None
         monkeypatch.setitem(sys.modules, "wandb", self)
 
     def __getattr__(self, name):
@@ -510,6 +511,15 @@ def test_an_online_start_that_fails_falls_back_to_offline(how, monkeypatch, caps
     out = capsys.readouterr().out
     assert out.count("warning") == 1 and "W&B is offline for this run" in out and f"lbp sync {folder.name}" in out
     assert fake.modes == ["online", "offline"] and fake.rows == [flat(record) for record in records(folder)]
+
+
+def test_a_server_that_is_not_there(monkeypatch, capsys):
+    """W&B itself, with a key and no network: ten seconds at the start, then all of it offline."""
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    folder = lbp.run(*QUICK, "logger.wandb.mode=auto").folder
+    assert_whole(folder)
+    assert capsys.readouterr().out.count("W&B is offline for this run") == 1
 
 
 def test_online_says_where(monkeypatch, capsys):

@@ -72,6 +72,8 @@ class Wandb:
     def _begin(self, mode: str, settings: dict[str, Any], values: dict[str, Any], options: dict[str, str]):
         import wandb
 
+        if self.problem and not wandb.run:  # its process holds the id of the attempt that failed; a run of the calling script stays
+            wandb.teardown()
         os.environ.setdefault("WANDB_SILENT", "true")
         tags = [f"{kind}:{options[kind]}"[:64] for kind in ("algo", "dataset", "arch")]
         # absolute: W&B's process stays in the folder that was current when it started

@@ -124,6 +124,14 @@ def gathered(*values: float) -> list[list[float]]:
     return torch.stack(every, 1).tolist()
 
 
+def sums(*values: Tensor | float) -> list[Tensor | float]:
+    """Each number or tensor summed over the ranks, of which some may have a plain 0; on the CPU where there are several."""
+    if world() == 1:
+        return list(values)
+    plain = [value.detach().cpu() if isinstance(value, Tensor) else value for value in values]
+    return [sum(parts) for parts in zip(*everyones(plain))]
+
+
 def everyones(thing: Any) -> list[Any]:
     """What each rank has, on every rank: small plain things."""
     if world() == 1:

@@ -17,10 +17,8 @@ from lbp.training.environment import seed_all
 from lbp.training.guards import Statistics, forget, leave_out
 from lbp.training.optim import schedule
 from lbp.training.progress import Progress
-from lbp.training.results import evaluate, over_ranks, summarise
+from lbp.training.results import evaluate, summarise
 from lbp.training.setup import Experiment
-
-CHECKPOINT_S = 300      # seconds between checkpoints within an epoch, where no number of steps is asked for
 
 
 def epochs_of(phase: Phase, trainer: dict[str, Any]) -> int:
@@ -51,7 +49,6 @@ class Loop:
             self.progress.restore(content)
             if ranks.rank() == 0:
                 forget(folder, self.state.step)
-        self.late = False   # trainer.max_minutes are over
 
     def run(self) -> dict[str, Any]:
         state = self.state
@@ -59,13 +56,13 @@ class Loop:
         if self.trainer["on_nonfinite"] == "restore" and not state.batch:
             self.progress.save(begins_epoch=True)
         for number, (phase, epochs) in enumerate(self.phases):
-            if number > state.phase and not self.late:
+            if number > state.phase and not self.progress.late:
                 state.phase, state.phase_epoch, state.without_gain = number, 0, 0
             while number == state.phase and state.phase_epoch < epochs and not self.enough():
                 self.rule.train()
                 try:
                     self.fit(phase) if phase.fit else self.learn(phase)
-                    if not self.late:
+                    if not self.progress.late:
                         self.close_epoch(phase)
                 except Diverged as error:
                     saved = self.progress.saved
@@ -79,7 +76,7 @@ class Loop:
         return summary
 
     def enough(self) -> bool:
-        return self.late or bool(self.trainer["patience"]) and self.state.without_gain >= self.trainer["patience"]
+        return self.progress.late or bool(self.trainer["patience"]) and self.state.without_gain >= self.trainer["patience"]
 
     def learn(self, phase: Phase) -> None:
         """The batches of an epoch that are still to come."""
@@ -89,7 +86,7 @@ class Loop:
         apply.still = state.still if state.batch else None
         self.progress.start_lap()
         for x, y in self.data.train.batches(state.epoch, state.batch):
-            if self.ends_before(y):
+            if self.progress.ends_before(task.count(y)):
                 return
             measuring = self.every and ((state.step + 1) % self.every == 0 or state.step in (0, self.total_steps - 1))
             if measuring:
@@ -128,27 +125,8 @@ class Loop:
                 state.measure_s += time.perf_counter()
         self.progress.lap()
 
-    def ends_before(self, y: Tensor) -> bool:
-        """Between two batches, where a run is whole: hears what every rank has to say, saves where that is due, and raises
-        Interrupted, or returns True, where the run ends here."""
-        every, state, minutes = self.trainer["checkpoint_every"], self.state, self.trainer["max_minutes"]
-        late = bool(minutes) and self.progress.tick() > 60 * minutes
-        due = state.step % every == 0 if every else time.perf_counter() > self.progress.saved_at + CHECKPOINT_S
-        asked, late, due, counts = ranks.gathered(interrupt.asked(), late and state.step > 0, due and state.batch > 0, self.task.count(y))
-        self.apply.count, self.late = int(sum(counts)), bool(max(late))
-        try:
-            interrupt.answer(max(asked))
-        finally:
-            if max(asked) or self.late or max(due) and state.step != self.progress.saved:
-                self.progress.lap()
-                self.progress.save()
-        if self.late and state.targets:
-            state.train = self.means()
-            self.progress.warn("late", f"trainer.max_minutes={minutes:g} are over: ended after batch {state.batch} of epoch {state.epoch + 1}")
-        return self.late
-
     def measured(self, phase: Phase, learned: Learned, y: Tensor) -> dict[str, Any]:
-        loss, score, _ = over_ranks(learned.loss, 0.0 if learned.out is None else self.task.score(learned.out, y), 0)
+        loss, score = ranks.sums(learned.loss, 0.0 if learned.out is None else self.task.score(learned.out, y))
         record = {"step": self.state.step, "epoch": self.state.epoch + 1, "split": "train", "phase": phase.name,
                   "loss": float(loss) / self.apply.count}
         if isinstance(score, Tensor):
@@ -189,7 +167,7 @@ class Loop:
                 self.progress.save(whole)
             raise
         if not phase.fit:
-            state.train = self.means()
+            state.train = state.means(self.task)
             values = {"samples_per_s": state.targets / state.epoch_s, "learning_rate_factor": self.factor(state.step - 1)}
             if self.apply.still:
                 self.progress.warn("still", "every gradient of this epoch was exactly zero: nothing is learned (dead units, or "
@@ -206,9 +184,3 @@ class Loop:
             if better:
                 state.best, state.best_epoch = found[self.task.metric], state.epoch
         self.progress.save(best=better, begins_epoch=self.trainer["on_nonfinite"] == "restore")
-
-    def means(self) -> dict[str, float]:
-        """Loss and metric over the epoch so far."""
-        loss, score, _ = over_ranks(self.state.loss, self.state.score, 0)
-        found = {"loss": float(loss) / max(self.state.targets, 1)}
-        return found | ({self.task.metric: self.task.metric_value(score)} if isinstance(score, Tensor) else {})

@@ -9,11 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from lbp import ranks
+from lbp import interrupt, ranks
+from lbp.datasets.task import Task
 from lbp.errors import ConfigError, DataError
 from lbp.training.checkpoint import Checkpoints
 from lbp.training.environment import generators, set_generators
 from lbp.training.setup import Experiment
+
+CHECKPOINT_S = 300      # seconds between checkpoints within an epoch, where no number of steps is asked for
 
 
 @dataclass
@@ -48,14 +51,21 @@ class State:
     total: dict[str, float] = field(default_factory=dict)
 
 
+    def means(self, task: Task) -> dict[str, float]:
+        """Loss and metric over the epoch so far, of all ranks."""
+        loss, score = ranks.sums(self.loss, self.score)
+        found = {"loss": float(loss) / max(self.targets, 1)}
+        return found | ({task.metric: task.metric_value(score)} if isinstance(score, Tensor) else {})
+
+
 class Progress:
-    """The state of a run, the clock that counts its time, and its checkpoints."""
+    """The state of a run, the clock that counts its time, and its checkpoints. `late`: trainer.max_minutes are over."""
 
     def __init__(self, experiment: Experiment, log, folder: Path):
         self.experiment, self.log = experiment, log
         self.state, self.checkpoints = State(), Checkpoints(folder / "checkpoints")
         self.saved: int | None = None   # the step of the last checkpoint
-        self.data = experiment.data.train.fingerprint()
+        self.data, self.late = experiment.data.train.fingerprint(), False
         self.began = self.mark = self.saved_at = time.perf_counter()
 
     def start_lap(self) -> None:
@@ -72,6 +82,26 @@ class Progress:
         now = time.perf_counter()
         self.state.wall_s, self.began = self.state.wall_s + now - self.began, now
         return self.state.wall_s
+
+    def ends_before(self, count: int) -> bool:
+        """Between two batches, where a run is whole: hears what every rank has to say, saves where that is due, and raises
+        Interrupted, or returns True, where the run ends here. `count`: this rank's targets of the next batch."""
+        state, trainer = self.state, self.experiment.values["trainer"]
+        every, minutes = trainer["checkpoint_every"], trainer["max_minutes"]
+        late = bool(minutes) and self.tick() > 60 * minutes
+        due = state.step % every == 0 if every else time.perf_counter() > self.saved_at + CHECKPOINT_S
+        asked, late, due, counts = ranks.gathered(interrupt.asked(), late and state.step > 0, due and state.batch > 0, count)
+        self.experiment.apply.count, self.late = int(sum(counts)), bool(max(late))
+        try:
+            interrupt.answer(max(asked))
+        finally:
+            if max(asked) or self.late or max(due) and state.step != self.saved:
+                self.lap()
+                self.save()
+        if self.late and state.targets:
+            state.train = state.means(self.experiment.data.task)
+            self.warn("late", f"trainer.max_minutes={minutes:g} are over: ended after batch {state.batch} of epoch {state.epoch + 1}")
+        return self.late
 
     def content(self) -> dict[str, Any]:
         """What a checkpoint holds: every rank gives its part. Tensors are the living ones, not copies."""

@@ -34,16 +34,10 @@ def evaluate(rule: LearningRule, task: Task, split: Split, environment: Environm
         loss = loss + task.loss(out, y).double().sum()
         score = score + task.score(out, y)
         count += task.count(y)
-    loss, score, count = over_ranks(loss, score, count)
+    loss, score, count = ranks.sums(loss, score, count)
     if float(loss) != float(loss):
         raise Diverged("the loss of an evaluation is not a number: the weights have diverged; lower the learning rate")
     return {"loss": float(loss) / count, task.metric: task.metric_value(score)}
-
-
-def over_ranks(loss: Tensor | float, score: Tensor | float, count: int) -> tuple[Tensor, Tensor | float, int]:
-    """Sums over this rank's targets as sums over all; a rank may have none."""
-    parts = ranks.everyones((torch.as_tensor(loss).cpu(), score.cpu() if isinstance(score, Tensor) else score, count))
-    return tuple(sum(part) for part in zip(*parts)) if len(parts) > 1 else (loss, score, count)
 
 
 def _best(folder: Path) -> dict[str, Tensor] | None:

@@ -213,7 +213,7 @@ def test_a_current_folder_that_is_gone(tmp_path, monkeypatch, capsys):
     assert cli.main(["list"]) == 0
 
 
-# ---- fault 20: W&B without network, key or package, or broken (`lbp sync` and one run after a resume: not yet)
+# ---- fault 20: W&B without network, key or package, or broken (lbp sync and one run after a resume: tests/test_logs.py)
 # test_run.test_wandb_failing_costs_one_warning, test_wandb_offline_keeps_what_was_logged_in_the_run
 
 class Broken:

@@ -216,6 +216,10 @@ def _command(argv: list[str]) -> int | None:
             else knobs.did_you_mean(knobs.nearest(words[0], parser.commands))
         )
         raise ConfigError(f"{words[0]}: no such command; there are: {', '.join(parser.commands)}{hint}")
+    if words and words[0] in ("list", "show"):  # they compose nothing, but plugins say what there is
+        named = [word.partition("=")[2].strip("[]") for word in argv if word.startswith("plugins=")]
+        argv = [word for word in argv if not word.startswith("plugins=")]
+        registry.use([name.strip() for names in named for name in names.split(",") if name.strip()])
     args, overrides = parser.parse_known_args(argv)
     if not args.command:
         raise ConfigError(

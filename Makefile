@@ -14,4 +14,4 @@ train: $(VENV)/ready
 	$(LBP) train
 
 test: $(VENV)/ready
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile

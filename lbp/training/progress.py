@@ -100,7 +100,7 @@ class Progress:
                 self.save()
         if self.late and state.targets:
             state.train = state.means(self.experiment.data.task)
-            self.warn("late", f"trainer.max_minutes={minutes:g} are over: ended after batch {state.batch} of epoch {state.epoch + 1}")
+            self.warn("late", f"trainer.max_minutes={minutes} are over: ended after batch {state.batch} of epoch {state.epoch + 1}")
         return self.late
 
     def content(self) -> dict[str, Any]:

@@ -127,6 +127,17 @@ def test_lists_and_maps_where_a_word_belongs(typed, refused):
     refused("train", typed)
 
 
+# ---- fault 4: a rule that cannot train this network
+# test_contracts.test_every_rule_trains_every_arch_or_says_why_not, test_norms_and_dropout_train_or_are_refused (every pair)
+
+@pytest.mark.parametrize("pair, said", [
+    (("algo=forward_forward", "arch=resnet20"), "use arch=mlp"), (("algo=ldrl", "arch=resnet56"), "use arch=mlp"),
+    (("algo=forward_forward", "arch.norm=batch"), "use arch.norm=none"), (("algo=elm", "dataset.loss=bce"), "dataset.loss=mse"),
+])
+def test_a_pair_that_cannot_work_is_refused_before_data_is_touched(refused, pair, said):
+    assert said in " ".join(refused("train", *pair, "dataset=mnist", "dataset.root=/nowhere"))  # else: exit code 3, no such data
+
+
 # ---- fault 5: configuration that would run code or read secrets
 # test_config.test_wrong_overrides, test_wrong_files, test_a_bad_option_file_is_caught
 

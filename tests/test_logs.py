@@ -522,6 +522,15 @@ def test_a_server_that_is_not_there(monkeypatch, capsys):
     assert capsys.readouterr().out.count("W&B is offline for this run") == 1
 
 
+def test_a_service_of_a_process_that_is_gone():
+    """W&B leaves the address of its process to every child of a script; the child outlives it."""
+    folder = lbp.run(*QUICK, "logger.wandb.mode=disabled").folder
+    done = subprocess.run([sys.executable, "-m", "lbp", "sync", "last", "--offline"], capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"WANDB_SERVICE": f"3-{os.getpid()}-unix-{folder}/none"})
+    assert done.returncode == 0 and "warning" not in done.stdout, done.stdout + done.stderr
+    assert_whole(folder)
+
+
 def test_online_says_where(monkeypatch, capsys):
     Fake(monkeypatch)
     folder = lbp.run(*QUICK[:-1], "logger.wandb.mode=online").folder

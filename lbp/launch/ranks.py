@@ -143,7 +143,6 @@ def watch(launcher: int) -> None:
 
 def _shielded(work: Callable[[], None], first_to_say: list[Callable[[str], bool]] | None = None) -> int:
     """Does a rank's work; its error goes to the launcher, and becomes the exit code."""
-    os.environ.pop("WANDB_SERVICE", None)  # of whoever started us: it may be gone
     try:
         with interrupt.listening(command=True):
             work()

@@ -70,6 +70,8 @@ class Wandb:
                 self._off(TimeoutError(f"not finished within {seconds:g} s"))
 
     def _begin(self, mode: str, settings: dict[str, Any], values: dict[str, Any], options: dict[str, str]):
+        if "wandb" not in sys.modules:
+            os.environ.pop("WANDB_SERVICE", None)  # W&B's process of whoever started this one: it may be gone
         import wandb
 
         if self.problem and not wandb.run:  # its process holds the id of the attempt that failed; a run of the calling script stays

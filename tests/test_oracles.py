@@ -56,7 +56,7 @@ NETWORKS = {
                                               nn.Conv2d(4, 4, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2)),
     "1-d": lambda: convolutional(nn.Conv1d(2, 4, 3), nn.Tanh(), nn.Conv1d(4, 5, 3, 2, 1, groups=1), nn.Tanh(), in_shape=(2, 12)),
     "3-d": lambda: convolutional(nn.Conv3d(1, 2, 2), nn.Tanh(), nn.Conv3d(2, 3, 2), nn.Tanh(), in_shape=(1, 4, 4, 4)),
-    "residual": lambda: resnet(make_task((3, 8, 8)), depth=8, width=4, activation="relu", norm="batch", init="default").double(),
+    "residual": lambda: resnet(make_task((3, 8, 8)), depth=8, width=4, activation="relu", norm="batch", init="default", init_scale=1.0).double(),
     "attention": lambda: Network({"embed": nn.Linear(3, 6), "attention": Attention(), "head": nn.Linear(6, CLASSES)}, (5, 3)).double(),
 }
 

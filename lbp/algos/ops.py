@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lbp import ranks
+from lbp.algos.rule import Learned
 from lbp.archs.init import draw
 from lbp.archs.network import CONVOLUTIONS, Layer, Network, block_of
 from lbp.errors import Refused
+
+BOUNDED = {nn.Tanh, nn.Sigmoid, nn.Hardtanh, nn.Softsign, nn.Softmax}
 
 # Another backward operator ---------------------------------------------------------------------------------------
 
@@ -102,6 +105,15 @@ class BackwardThrough(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def learn_through(network: Network, task, x: Tensor, y: Tensor, feedback: list[tuple[Tensor, Tensor]]) -> Learned:
+    """Backpropagates the loss through `feedback`, (weight, its feedback) pairs, in place of the weights."""
+    with BackwardThrough(feedback):
+        out = network(x)
+        loss = task.loss(out, y)
+    loss.sum().backward()
+    return Learned(out.detach(), loss.detach())
+
+
 class _Record(TorchFunctionMode):
     """Which tensors serve as weights and whether an error must pass them; which only are added (embeddings) or scale
     one axis (a norm's gain, also outside a norm)."""
@@ -156,27 +168,69 @@ def by_block(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor,
 # Teaching at block outputs ---------------------------------------------------------------------------------------
 
 
-def projections(network: Network, init: str, scale: float) -> dict[str, Tensor]:
-    """One random matrix a hidden block, (outputs, units of the block), that carries the output's error to it.
+class Projection(nn.Module):
+    """Carries signals of the output's shape, (N, *lead, outputs), to a block's output through one matrix.
 
-    Where outputs and block both have a leading token dimension the matrix is shared over tokens: (outputs, width).
+    `maps=units`: the matrix has a column for each unit of the block, (outputs, units). `maps=channels`: one for each
+    channel or width of a token, and every position of a map receives the same, over the root of their number. Where
+    outputs and block both have leading token dimensions the matrix is shared over tokens.
     """
-    *lead, outputs = list(network.shapes.values())[-1]
-    weight = network.head.weight
-    return {name: draw(weight.new_empty(outputs, math.prod(_units(network.shapes[name], lead, outputs))), init, scale)
-            for name in network.hidden}
+
+    def __init__(self, block: nn.Module, shape: tuple[int, ...], lead: tuple[int, ...], maps: str):
+        super().__init__()
+        if shape[: len(lead)] != lead:
+            raise Refused(f"a block with outputs of shape {shape} cannot be taught by errors of leading shape {lead}")
+        self.shape = shape[len(lead):]
+        self.axis = None
+        if maps == "channels" and len(self.shape) > 1:
+            # Maps (channels, ...) come out of convolutions of as many dimensions; tokens are (positions, width).
+            maps_of = dict(zip((2, 3, 4), CONVOLUTIONS)).get(len(self.shape))
+            self.axis = 0 if any(type(m) is maps_of for m in block.modules()) else len(self.shape) - 1
+        self.columns = math.prod(self.shape) if self.axis is None else self.shape[self.axis]
+
+    def forward(self, signal: Tensor, matrix: Tensor) -> Tensor:
+        """`matrix`: (outputs, columns). Returns (N, *lead, *block's own shape), without copies of what is repeated."""
+        taught = signal.to(matrix.dtype) @ matrix
+        if self.axis is None:
+            return taught.unflatten(-1, self.shape) if len(self.shape) != 1 else taught
+        places = [self.columns if i == self.axis else 1 for i in range(len(self.shape))]
+        scale = math.sqrt(self.columns / math.prod(self.shape))
+        return (taught * scale).unflatten(-1, places).expand(*taught.shape[:-1], *self.shape)
 
 
-def _units(shape: tuple[int, ...], lead: list[int], outputs: int) -> tuple[int, ...]:
-    if list(shape[: len(lead)]) != lead:
-        raise Refused(f"a block with outputs of shape {shape} cannot be taught by errors of shape {(*lead, outputs)}: "
-                      "their leading dimensions differ")
-    return shape[len(lead):]
+def projections(network: Network, maps: str = "units") -> dict[str, Projection]:
+    """How the output's signals reach each hidden block, {block: Projection}; raises Refused where they cannot."""
+    lead = list(network.shapes.values())[-1][:-1]
+    return {name: Projection(block, network.shapes[name], lead, maps) for name, block in network.hidden.items()}
 
 
-def teach(h: Tensor, error: Tensor, projection: Tensor) -> None:
-    """Backpropagates `error @ projection` from the block output `h` into its block, and drops the graph."""
-    h.backward((error.to(projection.dtype) @ projection).view(h.shape).to(h.dtype))
+def matrices(network: Network, columns: dict[str, int], init: str, scale: float) -> dict[str, Tensor]:
+    """A random matrix for each of `columns`, (outputs, so many): {name: matrix}."""
+    weight = network.head.weight.detach()
+    return {name: draw(weight.new_empty(len(weight), width), init, scale) for name, width in columns.items()}
+
+
+def teach(h: Tensor, signal: Tensor) -> None:
+    """Backpropagates `signal`, as the gradient at the block output `h`, into its block, and drops the graph."""
+    h.backward(signal.to(h.dtype))
+
+
+def teach_head(task, out: Tensor, y: Tensor) -> tuple[Tensor, Learned]:
+    """Backpropagates the loss into the head, whose output is `out`; returns the error at the output, and what was learned."""
+    error = task.error(out.detach(), y)
+    with torch.no_grad():
+        learned = Learned(out.detach(), task.loss(out, y))
+    out.backward(error.to(out.dtype))
+    return error, learned
+
+
+def block_by_block(network: Network, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The hidden blocks' outputs, each with a graph of its own block alone, and the head's."""
+    outputs = []
+    for block in network.hidden.values():
+        outputs.append(block(x))
+        x = outputs[-1].detach()
+    return outputs, network.head(x)
 
 
 # Ranks -----------------------------------------------------------------------------------------------------------
@@ -211,6 +265,16 @@ def plain_layers(network: Network, rule: str, of: tuple[type, ...] = (nn.Linear,
             raise Refused(f"algo={rule} needs plain layers ({kinds}, norm, activation, pool); "
                           f"block {name} is a {type(getattr(block, 'linear', block)).__name__}; use arch=mlp")
     return network.hidden
+
+
+def bounded(network: Network, rule: str, why: str) -> None:
+    """Raises Refused where a hidden block has an activation without bounds on both sides, or none at all."""
+    for name, block in network.hidden.items():
+        kinds = {type(m) for m in block.modules() if type(m).__module__ == nn.Tanh.__module__}
+        if not kinds or not kinds <= BOUNDED:
+            found = ", ".join(sorted(kind.__name__ for kind in kinds)) or "none"
+            raise Refused(f"{rule} needs bounded activations (tanh, sigmoid, hardtanh): block {name} has {found}, and {why} then drives "
+                          "its units without end, which is no direction of descent; set arch.activation=tanh, or use arch=mlp")
 
 
 def classification(task, rule: str) -> None:

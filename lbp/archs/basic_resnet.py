@@ -8,7 +8,7 @@ from lbp.archs.resnet import ResidualUnit
 from lbp.errors import Refused
 
 
-def basic_resnet(task, *, units: list[int], width: float, stem: str, activation: str, norm: str, init: str) -> Network:
+def basic_resnet(task, *, units: list[int], width: float, stem: str, activation: str, norm: str, init: str, init_scale: float) -> Network:
     """The residual network of basic units (He et al. 2016, table 1: 18 and 34 layers): a stem, four stages with 64, 128,
     256 and 512 channels times `width`, projections where the shape changes, global average pooling, the head.
 
@@ -36,5 +36,5 @@ def basic_resnet(task, *, units: list[int], width: float, stem: str, activation:
                 nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()) if last else None, project=True)
             inputs = outputs
     network = Network({**blocks, "head": nn.Linear(inputs, task.outputs)}, task.in_shape)
-    initialise(network, init)
+    initialise(network, init, init_scale)
     return network

@@ -8,7 +8,7 @@ from lbp.errors import Refused
 
 
 def cnn(task, *, widths: list[int], kernel: int, dense: list[int], activation: str, norm: str, dropout: float,
-        init: str) -> Network:
+        init: str, init_scale: float) -> Network:
     """Convolutions of `widths` channels, each followed by a 2x2 max pool, then dense layers of `dense` units.
 
     Convolutions with odd kernels keep the size of the map (zero padding). Raises Refused for inputs that are no images, or
@@ -35,5 +35,5 @@ def cnn(task, *, widths: list[int], kernel: int, dense: list[int], activation: s
                                  make_activation(activation), dropout)
         features = out
     network = Network({**blocks, "head": nn.Linear(features, task.outputs)}, task.in_shape)
-    initialise(network, init)
+    initialise(network, init, init_scale)
     return network

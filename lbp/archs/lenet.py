@@ -8,7 +8,7 @@ from lbp.errors import Refused
 
 
 def lenet(task, *, widths: list[int], dense: int, activation: str, dense_activation: str, pool: str, norm: str,
-          init: str) -> Network:
+          init: str, init_scale: float) -> Network:
     """LeNet-5 (LeCun et al. 1998) for images of 28 pixels or more: three 5x5 convolutions, pools after the first two,
     a dense layer, the head. 28x28 images are padded by 2, so that the third convolution sees 5x5 as in the paper.
 
@@ -42,5 +42,5 @@ def lenet(task, *, widths: list[int], dense: int, activation: str, dense_activat
                      make_activation(dense_activation)),
         "head": nn.Linear(dense, task.outputs),
     }, task.in_shape)
-    initialise(network, init)
+    initialise(network, init, init_scale)
     return network

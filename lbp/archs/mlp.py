@@ -8,7 +8,7 @@ from lbp.archs.init import initialise
 from lbp.archs.network import Layer, Network, activation as make_activation, norm as make_norm
 
 
-def mlp(task, *, widths: list[int], activation: str, norm: str, dropout: float, init: str) -> Network:
+def mlp(task, *, widths: list[int], activation: str, norm: str, dropout: float, init: str, init_scale: float) -> Network:
     """A multilayer perceptron: dense layers of `widths` units, then the head. Images are flattened."""
     blocks: dict[str, nn.Module] = {}
     features = math.prod(task.in_shape)
@@ -17,5 +17,5 @@ def mlp(task, *, widths: list[int], activation: str, norm: str, dropout: float, 
                                  dropout, flatten=i == 1 and len(task.in_shape) > 1)
         features = width
     network = Network({**blocks, "head": nn.Linear(features, task.outputs)}, task.in_shape)
-    initialise(network, init)
+    initialise(network, init, init_scale)
     return network

@@ -38,7 +38,7 @@ class ResidualUnit(nn.Module):
         return self.pool(self.activation(h + x))
 
 
-def resnet(task, *, depth: int, width: int, activation: str, norm: str, init: str) -> Network:
+def resnet(task, *, depth: int, width: int, activation: str, norm: str, init: str, init_scale: float) -> Network:
     """The residual network for small images (He et al. 2016, section 4.2): a stem, three stages of `(depth-2)/6` units
     with `width`, 2 and 4 times `width` channels, global average pooling, the head. A block is a unit.
 
@@ -61,5 +61,5 @@ def resnet(task, *, depth: int, width: int, activation: str, norm: str, init: st
                 inputs, outputs, 2 if stage and not unit else 1, norm, activation, pool)
             inputs = outputs
     network = Network({**blocks, "head": nn.Linear(inputs, task.outputs)}, task.in_shape)
-    initialise(network, init)
+    initialise(network, init, init_scale)
     return network

@@ -22,7 +22,7 @@ PATTERNS = {  # what follows the name; nothing where there is no entry
 }
 
 
-def stack(task, *, layers: list[str], init: str) -> Network:
+def stack(task, *, layers: list[str], init: str, init_scale: float) -> Network:
     """A network typed as tokens, from input to the last hidden layer; the head is added.
 
     Tokens: dense:UNITS, conv:CHANNELS:KERNEL[:STRIDE[:PADDING]] (no padding by default), maxpool:SIZE[:STRIDE],
@@ -40,7 +40,7 @@ def stack(task, *, layers: list[str], init: str) -> Network:
     if len(shape) != 1:
         raise Refused(f"arch.layers: the last token leaves maps of shape {shape}; add flatten at the end")
     network = Network.of(nn.Sequential(*modules, nn.Linear(shape[0], task.outputs)), task.in_shape)
-    initialise(network, init)
+    initialise(network, init, init_scale)
     return network
 
 

@@ -16,7 +16,7 @@ class ChannelDropout(nn.Dropout):
 
 
 def vgg(task, *, stages: list[list[int]], width: float, dense: list[int], activation: str, norm: str, dropout: float,
-        init: str) -> Network:
+        init: str, init_scale: float) -> Network:
     """The VGG-like networks of the local losses (Nokland & Eidnes 2019): stages of 3x3 convolutions, each stage ending
     in a 2x2 max pool that drops an odd last row, then dense layers, the head.
 
@@ -51,5 +51,5 @@ def vgg(task, *, stages: list[list[int]], width: float, dense: list[int], activa
                                  make_activation(activation), dropout)
         features = out
     network = Network({**blocks, "head": nn.Linear(features, task.outputs)}, task.in_shape)
-    initialise(network, init)
+    initialise(network, init, init_scale)
     return network

@@ -57,7 +57,7 @@ class TransformerLayer(nn.Module):
 
 
 def vit(task, *, patch: int, dim: int, depth: int, heads: int, mlp_ratio: int, activation: str, dropout: float,
-        init: str) -> Network:
+        init: str, init_scale: float) -> Network:
     """A vision transformer (Dosovitskiy et al. 2021) without class token: patches with learned positions, `depth` pre-norm
     layers, a last norm and the mean over tokens (part of the last layer's block), the head.
 
@@ -76,5 +76,5 @@ def vit(task, *, patch: int, dim: int, depth: int, heads: int, mlp_ratio: int, a
         pool = nn.Sequential(nn.LayerNorm(dim), MeanOverTokens()) if i == depth else None
         blocks[f"layer{i}"] = TransformerLayer(dim, heads, mlp_ratio, activation, dropout, pool)
     network = Network({**blocks, "head": nn.Linear(dim, task.outputs)}, task.in_shape)
-    initialise(network, init)
+    initialise(network, init, init_scale)
     return network

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from lbp.algos import ops
-from lbp.algos.rule import Facts, Learned, LearningRule
+from lbp.algos.rule import Facts, LearningRule
 
 
 class DFA(LearningRule):
@@ -11,34 +11,40 @@ class DFA(LearningRule):
 
     dL/dh_l is taken to be e B_l, with e the error at the output and B_l (outputs, units of block l) (Nokland 2016).
     Within a block ordinary autograd goes on from there; between blocks nothing flows, also not through a skip. The
-    head receives its exact gradient.
+    head receives its exact gradient. `error=sign` sends the error's signs alone (sDFA: Frenkel et al. 2021). `shared`
+    takes for every B_l the first columns of one matrix, made for the widest block (Launay et al. 2020, where `init=default`).
     """
 
     facts = Facts(
         family="feedback", paper="Nokland, NeurIPS 2016, arXiv 1609.01596",
         weight_transport=False, backward_locked=False, update_locked=True)
 
-    def __init__(self, network, task, *, init: str, scale: float):
+    def __init__(self, network, task, *, init: str, scale: float, error: str, shared: bool, maps: str):
         super().__init__(network, task)
-        for name, projection in ops.projections(network, init, scale).items():
-            self.register_buffer(f"projection_{name}", projection)
+        self.error, self.shared = error, shared
+        if error == "sign":
+            ops.bounded(network, "algo=sdfa (algo.error=sign)", "a signal of signs, which never vanishes,")
+        self.projections = ops.projections(network, maps)
+        columns = {name: projection.columns for name, projection in self.projections.items()}
+        if shared:
+            columns = {"shared": max(columns.values())}
+        for name, matrix in ops.matrices(network, columns, init, scale).items():
+            self.register_buffer(f"projection_{name}", matrix)
+
+    def matrix(self, name: str) -> torch.Tensor:
+        """B of a block."""
+        return self.projection_shared[:, : self.projections[name].columns] if self.shared else getattr(self, f"projection_{name}")
 
     def learn(self, x, y, apply):
-        outputs = []
-        for block in self.network.hidden.values():
-            outputs.append(block(x))
-            x = outputs[-1].detach()
-        out = self.network.head(x)
-        error = self.task.error(out.detach(), y)
-        with torch.no_grad():
-            loss = self.task.loss(out, y)
-        out.backward(error.to(out.dtype))
+        outputs, out = ops.block_by_block(self.network, x)
+        error, learned = ops.teach_head(self.task, out, y)
+        signal = error.sign() if self.error == "sign" else error
         for name in reversed(self.network.hidden):
-            ops.teach(outputs.pop(), error, getattr(self, f"projection_{name}"))
-        return Learned(out.detach(), loss)
+            ops.teach(outputs.pop(), self.projections[name](signal, self.matrix(name)))
+        return learned
 
     def feedback(self):
         # The weights that stand where a projection stands are known for the last hidden block only: the head's.
         last = list(self.network.hidden)[-1]
-        projection, weight = getattr(self, f"projection_{last}"), self.network.head.weight
-        return {last: (weight, projection)} if projection.shape == weight.shape else {}
+        matrix, weight = self.matrix(last), self.network.head.weight
+        return {last: (weight, matrix)} if matrix.shape == weight.shape else {}

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from lbp.algos import ops
-from lbp.algos.rule import Facts, Learned, LearningRule
+from lbp.algos.rule import Facts, LearningRule
 from lbp.archs.init import draw
 
 
@@ -25,11 +25,8 @@ class FA(LearningRule):
             self.register_buffer(buffer_name(name), draw(torch.empty_like(weight, requires_grad=False), init, scale))
 
     def learn(self, x, y, apply):
-        with ops.BackwardThrough([(w, getattr(self, buffer_name(name))) for name, w in self.sites.items()]):
-            out = self.network(x)
-            loss = self.task.loss(out, y)
-        loss.sum().backward()
-        return Learned(out.detach(), loss.detach())
+        pairs = [(weight, getattr(self, buffer_name(name))) for name, weight in self.sites.items()]
+        return ops.learn_through(self.network, self.task, x, y, pairs)
 
     def feedback(self):
         return ops.by_block({name: (w, getattr(self, buffer_name(name))) for name, w in self.sites.items()})

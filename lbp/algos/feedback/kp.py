@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from lbp.algos import ops
-from lbp.algos.rule import Facts, Learned, LearningRule
+from lbp.algos.rule import Facts, LearningRule
 from lbp.archs.init import draw
 
 
@@ -33,19 +33,16 @@ class KP(LearningRule):
         return {"forward": [*self.network.parameters(), *self.backward_weights]}
 
     def learn(self, x, y, apply):
-        with ops.BackwardThrough(list(zip(self.sites.values(), self.backward_weights))):
-            out = self.network(x)
-            loss = self.task.loss(out, y)
-        loss.sum().backward()
+        learned = ops.learn_through(self.network, self.task, x, y, list(zip(self.sites.values(), self.backward_weights)))
         if self.decay:
             with torch.no_grad():
                 # A batch that will be refused must not move weights either, on no rank.
-                total = loss.detach().sum()
+                total = learned.loss.sum()
                 ops.over_ranks(total)
                 finite = total.isfinite()
                 for weight in (*self.sites.values(), *self.backward_weights):
                     weight.mul_(1 - self.decay * finite.to(weight.dtype))
-        return Learned(out.detach(), loss.detach())
+        return learned
 
     def feedback(self):
         return ops.by_block(dict(zip(self.sites, zip(self.sites.values(), self.backward_weights))))

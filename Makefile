@@ -1,5 +1,5 @@
 # make train   sets everything up and runs the main job: DFA on 5,000 MNIST digits that come with a package
-# make test    sets everything up and runs the tests
+# make test    sets everything up and runs the tests; make test-all: the slow ones too
 PYTHON ?= python3
 VENV := .venv
 LBP := $(VENV)/bin/lbp
@@ -9,9 +9,12 @@ $(VENV)/ready: pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	@touch $@
 
-.PHONY: train test
+.PHONY: train test test-all
 train: $(VENV)/ready
 	$(LBP) train
 
 test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
+
+test-all: $(VENV)/ready
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile -m "slow or not slow"

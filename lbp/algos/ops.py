@@ -204,10 +204,10 @@ def projections(network: Network, maps: str = "units") -> dict[str, Projection]:
     return {name: Projection(block, network.shapes[name], lead, maps) for name, block in network.hidden.items()}
 
 
-def matrices(network: Network, columns: dict[str, int], init: str, scale: float) -> dict[str, Tensor]:
-    """A random matrix for each of `columns`, (outputs, so many): {name: matrix}."""
+def matrices(network: Network, projections: dict[str, Projection], init: str, scale: float) -> dict[str, Tensor]:
+    """A random matrix (outputs, columns) for each projection."""
     weight = network.head.weight.detach()
-    return {name: draw(weight.new_empty(len(weight), width), init, scale) for name, width in columns.items()}
+    return {name: draw(weight.new_empty(len(weight), projection.columns), init, scale) for name, projection in projections.items()}
 
 
 def teach(h: Tensor, signal: Tensor) -> None:
@@ -239,6 +239,14 @@ def block_by_block(network: Network, x: Tensor) -> tuple[list[Tensor], Tensor]:
 def over_ranks(*sums: Tensor) -> None:
     """Adds up, in place and over the ranks, sums over data that are no gradients: Gram matrices, fitness."""
     ranks.total(sums)
+
+
+def all_finite(loss: Tensor) -> Tensor:
+    """1 where the loss of the whole batch, over all ranks, is finite, else 0: what a rule that writes in place multiplies its
+    writing by, since a batch that will be refused must move nothing, on no rank."""
+    total = loss.detach().sum()
+    over_ranks(total)
+    return total.isfinite().to(total.dtype)
 
 
 # Precision -------------------------------------------------------------------------------------------------------

@@ -25,10 +25,8 @@ class DFA(LearningRule):
         if error == "sign":
             ops.bounded(network, "algo=sdfa (algo.error=sign)", "a signal of signs, which never vanishes,")
         self.projections = ops.projections(network, maps)
-        columns = {name: projection.columns for name, projection in self.projections.items()}
-        if shared:
-            columns = {"shared": max(columns.values())}
-        for name, matrix in ops.matrices(network, columns, init, scale).items():
+        widest = {"shared": max(self.projections.values(), key=lambda projection: projection.columns)}
+        for name, matrix in ops.matrices(network, widest if shared else self.projections, init, scale).items():
             self.register_buffer(f"projection_{name}", matrix)
 
     def matrix(self, name: str) -> torch.Tensor:

@@ -21,8 +21,7 @@ class DKP(LearningRule):
     def __init__(self, network, task, *, init: str, scale: float):
         super().__init__(network, task)
         self.projections = ops.projections(network)
-        columns = {name: projection.columns for name, projection in self.projections.items()}
-        self.matrices = nn.ParameterDict(ops.matrices(network, columns, init, scale))
+        self.matrices = nn.ParameterDict(ops.matrices(network, self.projections, init, scale))
 
     def groups(self):
         return {"forward": list(self.network.parameters()), "feedback": list(self.matrices.values())}
@@ -34,7 +33,7 @@ class DKP(LearningRule):
         for name in reversed(self.network.hidden):
             h, matrix = outputs.pop(), self.matrices[name]
             ops.teach(h, self.projections[name](error, matrix.detach()))
-            matrix.grad = (rows.T @ h.detach().view(len(rows), -1).to(rows.dtype)).to(matrix.dtype)
+            matrix.grad = (rows.T @ h.detach().reshape(len(rows), -1).to(rows.dtype)).to(matrix.dtype)
         return learned
 
     def feedback(self):

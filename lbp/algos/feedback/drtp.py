@@ -22,8 +22,7 @@ class DRTP(LearningRule):
         ops.classification(task, "drtp")
         ops.bounded(network, "algo=drtp", "a label, which never vanishes,")
         self.projections = ops.projections(network, maps)
-        columns = {name: projection.columns for name, projection in self.projections.items()}
-        for name, matrix in ops.matrices(network, columns, init, scale).items():
+        for name, matrix in ops.matrices(network, self.projections, init, scale).items():
             self.register_buffer(f"projection_{name}", matrix)
 
     def learn(self, x, y, apply):

@@ -29,23 +29,26 @@ class SignSymmetry(LearningRule):
         super().__init__(network, task)
         self.init, self.scale, self.magnitude = init, scale, magnitude
         self.sites = ops.feedback_sites(network)
-        if magnitude == "batch":
-            self.rng = Rng()
+        self.sizes: dict[str, torch.Tensor | float] = {}    # |M| of the batch, or what it always is
         for name, weight in self.sites.items():
             if magnitude == "uniform":
-                size = weight.new_tensor(spread(weight, init, scale))
+                self.sizes[name] = spread(weight, init, scale)
             else:
-                size = draw(torch.empty_like(weight, requires_grad=False), init, scale).abs_()
-            self.register_buffer(buffer_name(name), size)
+                self.sizes[name] = draw(torch.empty_like(weight, requires_grad=False), init, scale).abs_()
+            if magnitude == "fixed":
+                self.register_buffer(buffer_name(name), self.sizes.pop(name))
+        if magnitude == "batch":
+            self.rng = Rng()
 
     def pairs(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """{parameter name: (W, B)} at the present weights."""
-        return {name: (weight, weight.detach().sign().mul_(getattr(self, buffer_name(name)))) for name, weight in self.sites.items()}
+        sizes = self.sizes or {name: getattr(self, buffer_name(name)) for name in self.sites}
+        return {name: (weight, weight.detach().sign().mul_(sizes[name])) for name, weight in self.sites.items()}
 
     def learn(self, x, y, apply):
         if self.magnitude == "batch":
             for name in self.sites:
-                redraw(getattr(self, buffer_name(name)), self.init, self.scale, self.rng.generator)
+                redraw(self.sizes[name], self.init, self.scale, self.rng.generator)
         return ops.learn_through(self.network, self.task, x, y, list(self.pairs().values()))
 
     def feedback(self):

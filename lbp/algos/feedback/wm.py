@@ -13,7 +13,7 @@ from lbp.archs.network import CONVOLUTIONS, activation
 class WM(LearningRule):
     """Weight mirrors: feedback alignment whose matrices learn the weights from how layers answer to noise.
 
-    Before each batch every layer alone is shown noise xi of variance noise^2 and answers v = f(xi W^T + b); then
+    After each batch every layer alone is shown noise xi of variance noise^2 and answers v = f(xi W^T + b); then
     B <- (1 - decay) B + rate / noise^2 * mean of v xi^T (Akrout et al. 2019, equation 7). For a linear f (`response=none`)
     the mean is noise^2 W: B tends to (rate / decay) W, and with decay 0 grows along W. `center` takes the batch's mean
     off v, which else adds noise of the size of f(b). A convolution is shown single patches, as many as the batch has
@@ -41,19 +41,22 @@ class WM(LearningRule):
         return [*warmup, Phase("train", learn=self.learn)]
 
     def only_mirror(self, x, y, apply):
-        self.mirror(x)
         with torch.no_grad():
             out = self.network(x)
-            return Learned(out, self.task.loss(out, y))
+            learned = Learned(out, self.task.loss(out, y))
+        self.mirror(x, learned.loss)
+        return learned
 
     def learn(self, x, y, apply):
-        self.mirror(x)
         pairs = [(weight, getattr(self, buffer_name(name))) for name, weight in self.sites.items()]
-        return ops.learn_through(self.network, self.task, x, y, pairs)
+        learned = ops.learn_through(self.network, self.task, x, y, pairs)
+        self.mirror(x, learned.loss)
+        return learned
 
     @torch.no_grad()
-    def mirror(self, x: torch.Tensor) -> None:
-        """One step of all B, with as many rows of noise as the batch has samples."""
+    def mirror(self, x: torch.Tensor, loss: torch.Tensor) -> None:
+        """One step of all B, with as many rows of noise as the batch has samples; none where the loss is not finite."""
+        step = ops.all_finite(loss)
         with ops.full_precision(x):
             for name, weight in self.sites.items():
                 groups, bias = self.cut[name], self.biases[name]
@@ -62,7 +65,7 @@ class WM(LearningRule):
                 v = self.response(a if bias is None else a + bias.view(groups, -1))
                 found = covariance(v, xi) if self.center else mean_product(v, xi)
                 B = getattr(self, buffer_name(name))
-                B.mul_(1 - self.decay).add_(found.view_as(B), alpha=self.rate / self.noise**2)
+                B.add_((found.view_as(B) * (self.rate / self.noise**2) - B * self.decay) * step.to(B.dtype))
 
     def feedback(self):
         return ops.by_block({name: (w, getattr(self, buffer_name(name))) for name, w in self.sites.items()})

@@ -14,7 +14,7 @@ class RandomReadout(LearningRule):
     def __init__(self, network, task, *, scale: float):
         super().__init__(network, task)
         ops.classification(task, "random_readout")
-        for name, projection in ops.projections(network, "xavier", scale).items():
+        for name, projection in ops.matrices(network, ops.projections(network), "xavier", scale).items():
             self.register_buffer(f"readout_{name}", projection)
 
     def learn(self, x, y, apply):

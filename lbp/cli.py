@@ -1,6 +1,7 @@
 """The commands. Imports no torch: `--help`, `--version`, `list` and `show` answer at once."""
 
 import argparse
+import contextlib
 import os
 import shutil
 import sys
@@ -183,6 +184,18 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--metric", metavar="NAME", help="a figure of summary.json, as test_accuracy")
     for form in ("csv", "markdown"):
         compare.add_argument(f"--{form}", metavar="FILE", help="write the table there; - is stdout")
+    reproduce = add(
+        "reproduce",
+        "run experiments with a published number: reproduced or not, over seeds",
+        "[NAME ...] [--seeds N | --seeds 1,2,3] [--dry-run] [--again] [--markdown FILE] [key=value ...]",
+        epilog="without NAME: what is published, and what runs under outputs/ measured; a NAME may be a glob\n"
+        "free to change: run.name, trainer.device, trainer.threads, trainer.checkpoint_every, dataset.root, logger.*, launch.*",
+    )
+    reproduce.add_argument("names", nargs="*", metavar="NAME", help="an experiment of lbp list experiments")
+    reproduce.add_argument("--seeds", metavar="N", help="how many, or which: 1,2,3; default: as many as the experiment asks for")
+    reproduce.add_argument("--dry-run", action="store_true", help="say what would be run, and run nothing")
+    reproduce.add_argument("--again", action="store_true", help="run also what is there already")
+    reproduce.add_argument("--markdown", metavar="FILE", help="write a table of all figures there; - is stdout")
     doctor = add(
         "doctor",
         "say what this machine has, what is wrong with it and how to mend it",
@@ -216,9 +229,10 @@ def _command(argv: list[str]) -> int | None:
             else knobs.did_you_mean(knobs.nearest(words[0], parser.commands))
         )
         raise ConfigError(f"{words[0]}: no such command; there are: {', '.join(parser.commands)}{hint}")
-    if words and words[0] in ("list", "show"):  # they compose nothing, but plugins say what there is
+    if words and words[0] in ("list", "show", "reproduce"):  # before anything is composed plugins say what there is
         named = [word.partition("=")[2].strip("[]") for word in argv if word.startswith("plugins=")]
-        argv = [word for word in argv if not word.startswith("plugins=")]
+        if words[0] != "reproduce":
+            argv = [word for word in argv if not word.startswith("plugins=")]
         registry.use([name.strip() for names in named for name in names.split(",") if name.strip()])
     args, overrides = parser.parse_known_args(argv)
     if not args.command:
@@ -257,8 +271,7 @@ def _train(args, overrides: list[str]) -> int | None:
     overrides = _elsewhere(args.config, overrides)
     if not args.multirun:
         return _start(lambda: config.compose(overrides, args.config), args.dry_run)
-    if "LOCAL_RANK" in os.environ:
-        raise ConfigError("-m under torchrun would be a sweep in each rank; start the sweep alone, with launch.ranks=N for its trials")
+    _alone("-m")
     trials = config.grid(overrides, args.config)
     if args.dry_run:
         for number, trial in enumerate(trials, 1):
@@ -267,6 +280,95 @@ def _train(args, overrides: list[str]) -> int | None:
     from lbp.launch.sweep import sweep
 
     return sweep(trials, args.config, args.debug)
+
+
+def _alone(what: str) -> None:
+    if "LOCAL_RANK" in os.environ:
+        raise ConfigError(f"{what} under torchrun would be a sweep in each rank; start the sweep alone, "
+                          "with launch.ranks=N for its trials")
+
+
+def _reproduce(args, overrides: list[str]) -> int:
+    from lbp.report import reproductions as report
+
+    words = [*args.names, *overrides]
+    overrides = [word for word in words if "=" in word or word.startswith("-")]
+    names = [word for word in words if word not in overrides]
+    plugins = [word for word in overrides if word.startswith("plugins=")]
+
+    def composed(name: str, more: list[str] = plugins) -> dict:
+        from lbp.config import compose  # knows Hydra, which takes a while: only where there is something to compare
+
+        return compose([f"experiment={name}", *more]).values
+
+    seeds = _seeds(args.seeds)
+    found = report.reproductions(report.named(names), composed)
+    if names:
+        return _reproduce_these(args, found, seeds, overrides, composed)
+    vain = [word for word, typed in (("--seeds", seeds), ("--dry-run", args.dry_run), ("--again", args.again)) if typed]
+    vain += [word for word in overrides if word not in plugins]
+    if vain:
+        raise ConfigError(*(f"{word}: goes with the NAME of an experiment; lbp reproduce lists them" for word in vain))
+    if not _written((args.markdown, lambda: report.as_markdown(found))):
+        print("\n".join(report.listed(found, _width())))
+    return 0
+
+
+def _reproduce_these(args, found: list, seeds: list[int], overrides: list[str], composed) -> int:
+    """Runs what is missing of each experiment, and says what came of it."""
+    from lbp import config
+    from lbp.launch.sweep import sweep
+    from lbp.report import reproductions as report
+
+    _refuse_others(found, overrides, composed)
+    missing = [[seed for seed in seeds or range(one.published.seeds) if args.again or str(seed) not in one.runs] for one in found]
+    plans = [config.grid([f"experiment={one.name}", *overrides, f"seed={','.join(map(str, those))}"]) if those else []
+             for one, those in zip(found, missing)]
+    code = 0
+    with contextlib.redirect_stdout(sys.stderr if args.markdown == "-" else sys.stdout):
+        for one, those in zip(found, missing):
+            print(report.announced(one, those), flush=True)
+        if args.dry_run:
+            return 0
+        _alone("lbp reproduce")
+        for number, (one, trials) in enumerate(zip(found, plans)):
+            if trials:
+                ended = sweep(trials, debug=args.debug)
+                if ended > 128:  # asked to stop
+                    return ended
+                code = code or ended
+                found[number], = report.reproductions([one.name], composed)
+            print("\n".join(["", *report.shown(found[number], _width())]), flush=True)
+    _written((args.markdown, lambda: report.as_markdown(found)))
+    return code
+
+
+def _seeds(text: str | None) -> list[int]:
+    """0, 1 and 2 of `3`; those of `1,2,3`; none where nothing was typed."""
+    if text is None:
+        return []
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    seeds = [int(part) for part in parts if part.isdecimal()]
+    if "," not in text:
+        seeds = list(range(min(*seeds, 10_001))) if seeds else []
+    if not seeds or len(seeds) > 10_000 or not all(part.isdecimal() for part in parts):
+        raise ConfigError(f"--seeds {text}: must be how many, from 1 to 10,000, or which: 1,2,3")
+    return list(dict.fromkeys(seeds))
+
+
+def _refuse_others(found: list, overrides: list[str], composed) -> None:
+    """Raises ConfigError where the overrides would make other experiments of these."""
+    from lbp.report.reproductions import differing
+
+    own = {"seed": "write --seeds N, or --seeds 1,2,3",
+           "run.dir": "runs are counted where they lie, under outputs/; leave it out"}
+    problems = [f"{word}: {own[key]}" for word in overrides if (key := word.lstrip("+").partition("=")[0]) in own]
+    for one in found if not problems else ():
+        if changed := differing(composed(one.name), composed(one.name, overrides)):
+            problems.append(f"{', '.join(changed)}: it would be another experiment; "
+                            f"lbp train experiment={one.name} {' '.join(overrides)} runs that")
+    if problems:
+        raise ConfigError(*problems)
 
 
 def _rerun(args, overrides: list[str]) -> int | None:
@@ -396,20 +498,24 @@ def _compare(args, _) -> None:
     found = compare.compare(
         [runs.read(run) for run in runs.find(args.runs)], by or compare.BY, args.metric
     )
-    written = False
-    for path, content in ((args.csv, compare.as_csv), (args.markdown, compare.as_markdown)):
-        if path == "-":
-            print(content(found), end="")
-            written = True
-        elif path:
-            try:
-                Path(path).write_text(content(found), encoding="utf-8")
-            except OSError as error:
-                raise ConfigError(f"{path}: cannot be written ({error.strerror}); name another file") from None
+    written = _written((args.csv, lambda: compare.as_csv(found)), (args.markdown, lambda: compare.as_markdown(found)))
     if not written:
         print("\n".join(compare.shown(found, _width())))
     for line in compare.left_out(found):
         print(line, file=sys.stderr if written else sys.stdout)
+
+
+def _written(*wanted) -> bool:
+    """Writes each content to the file asked for, if any; whether one went to stdout, which is no place for more then."""
+    for path, content in wanted:
+        if path == "-":
+            print(content(), end="")
+        elif path:
+            try:
+                Path(path).write_text(content(), encoding="utf-8")
+            except OSError as error:
+                raise ConfigError(f"{path}: cannot be written ({error.strerror}); name another file") from None
+    return any(path == "-" for path, _ in wanted)
 
 
 def _doctor(args, overrides: list[str]) -> int:
@@ -430,7 +536,8 @@ def _about(group: str, name: str) -> list[str]:
     """What is said of an option in a list: its doc, and for an algo family, paper and facts."""
     option = registry.option(group, name)
     if group not in registry.FOLDERS:
-        return [option.doc]
+        of = option.knobs.get("published.of")
+        return [option.doc, *(["published: " + of.default.strip("'\"")] if of else [])]
     try:
         entry = registry.entry(group, option.name or name)
     except ConfigError as error:

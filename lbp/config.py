@@ -105,6 +105,7 @@ def _layers(
     if experiment is not None:
         found = _try(problems, registry.option, "experiment", experiment)
         in_experiment = _file_items(found.path, f"experiment={experiment}", problems) if found else []
+    in_experiment = [i for i in in_experiment if i.key != "published"]  # about it, no part of it: report.reproductions
     apart = ("experiment", "plugins")
     problems += [f"{i}: an experiment cannot have this key" for i in in_experiment if i.key in apart]
     return experiment, [
@@ -143,11 +144,11 @@ def _known(options: dict[str, str | None], problems: list[str]) -> dict[str, kno
 
 
 def _still_wished(item: Item, chosen: list[tuple[list[Item], dict]], known: dict[str, knobs.Knob]) -> bool:
-    """An algo's wish falls away where somebody chose that group, but for data and arch: there if it fits."""
+    """An algo's wish for data or arch holds where that option has the knob; others fall away where somebody chose that group."""
     group = item.key.partition(".")[0]
-    if not any(group in picks for _, picks in chosen):
-        return True
-    return group in ABOUT_DATA and item.key in known and not knobs.check(item.key, item.value, known[item.key].spec)
+    if group in ABOUT_DATA:
+        return item.key in known and not knobs.check(item.key, item.value, known[item.key].spec)
+    return not any(group in picks for _, picks in chosen)
 
 
 def _settings(

@@ -203,7 +203,7 @@ def test_defaults():
     values = got.values
     assert values["arch"]["widths"] == [256, 256] and values["arch"]["activation"] == "relu"
     assert values["optimizer"] == {"name": "adam", "lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0,
-                                   "feedback": {}, "heads": {}}
+                                   "bias_lr_factor": 1.0, "feedback": {}, "heads": {}}
     assert values["trainer"]["batch_size"] == 128 and values["seed"] == 0
     assert all(values[group]["name"] for group in got.options)
     assert "prefers" not in values["algo"] and "${" not in got.yaml()

@@ -3,6 +3,7 @@
 import math
 import statistics
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,8 @@ from torch import nn
 
 from lbp.algos.baseline.bp import BP
 from lbp.algos.rule import Learned
-from lbp.archs.network import Network
-from lbp.errors import Refused
+from lbp.archs.network import Layer, Network
+from lbp.errors import Diverged, Refused
 from lbp.metrics.measure import Measure, _activity, angle, joint, norm, products_of
 from lbp.training import loop
 from lbp.training.setup import build as build_experiment
@@ -22,9 +23,9 @@ from lbp.training.setup import build as build_experiment
 def measured(rule, x, y, learn=None, **settings):
     """One measured step, as the trainer takes it; (the record, what Measure held)."""
     apply, measure = stepper(rule, **settings), Measure(rule, rule.task)
-    measure.before(x, y)
     apply.count, apply.observe = len(x), measure.collect
-    result = (learn or rule.learn)(x, y, apply)
+    with measure.before(x, y):
+        result = (learn or rule.learn)(x, y, apply)
     apply.finish(result.loss)
     return measure.record(result.blocks), measure
 
@@ -90,7 +91,7 @@ def test_backprop_is_aligned_with_itself(build_network):
     assert list(record["layers"]) == list(network.blocks)
     for block, values in [*record["layers"].items(), ("total", record["total"])]:
         assert values["alignment_deg"] == 0 and values["alignment_weight_deg"] == 0 and values["alignment_bias_deg"] == 0
-        assert values["grad_norm_ratio"] == 1
+        assert values["grad_norm_ratio"] == 1 and values["delta_alignment_deg"] == 0
         parts = gradients[block] if block != "total" else [g for gs in gradients.values() for g in gs]
         expected = math.sqrt(sum(float(g.square().sum()) for g in parts))     # of the mean loss
         assert values["grad_norm"] == pytest.approx(expected) and values["backprop_grad_norm"] == pytest.approx(expected)
@@ -116,8 +117,9 @@ def test_values_of_a_layer_by_hand():
         return math.degrees(math.acos(float(F.cosine_similarity(flat(p), flat(q), dim=0))))
 
     alignment = degrees(own, true)
+    used = network.blocks["fc2"].linear.weight.detach().clone()     # what the batch met, not what the step leaves
+    feedback = degrees([used], [b])
     record, _ = measured(rule, x, y, lr=lr)
-    feedback = degrees([network.blocks["fc2"].linear.weight.detach()], [b])     # as the weights are after the step
     values = record["layers"]["fc1"]
     assert values["alignment_deg"] == pytest.approx(alignment, abs=1e-6) and alignment > 1
     assert values["alignment_weight_deg"] == pytest.approx(degrees(own[:1], true[:1]), abs=1e-6)
@@ -128,6 +130,8 @@ def test_values_of_a_layer_by_hand():
     moved = flat([layer.linear.weight.detach(), layer.linear.bias.detach()])
     assert values["weight_norm"] == pytest.approx(float(moved.norm()))
     assert record["layers"]["fc2"]["feedback_alignment_deg"] == pytest.approx(feedback, abs=1e-6)
+    assert record["layers"]["fc2"]["feedback_norm_ratio"] == pytest.approx(float(b.norm() / used.norm()))
+    assert record["layers"]["fc2"]["feedback_distance"] == pytest.approx(float((used - b).norm() / used.norm()))
     assert "feedback_alignment_deg" not in values     # no feedback stands in for the first weight
     assert values["activation_mean"] == pytest.approx(float(torch.tanh(x @ w[0].T + w[1]).mean()))
 
@@ -160,9 +164,9 @@ def test_alignment_is_taken_before_clipping():
 def test_what_a_rule_does_not_move_has_no_alignment():
     network, task = dense(), make_task()
     record, _ = measured(build("shallow", network, task), *batch(task), lr=.1)
-    assert record["layers"]["head"]["alignment_deg"] == 0
+    assert record["layers"]["head"]["alignment_deg"] == record["layers"]["head"]["delta_alignment_deg"] == 0
     for block in network.hidden:
-        assert not {"alignment_deg", "grad_norm", "update_ratio", "backprop_grad_norm"} & set(record["layers"][block])
+        assert not {"alignment_deg", "delta_alignment_deg", "grad_norm", "update_ratio", "backprop_grad_norm"} & set(record["layers"][block])
         assert record["layers"][block]["weight_norm"] > 0
 
 
@@ -175,12 +179,180 @@ def test_measuring_one_value_warns_of_nothing():
     assert record["layers"]["head"]["activation_std"] == 0
 
 
+# ---- feedback
+
+def test_feedback_that_is_the_weight_is_at_distance_nought_exactly():
+    network, task = dense(), make_task()
+    rule = build("fa", network, task)
+    for name, weight in rule.sites.items():
+        getattr(rule, name.replace(".", "_")).copy_(weight)
+    for values in _with(measured(rule, *batch(task), lr=.1)[0], "feedback_distance", 4):
+        assert (values["feedback_alignment_deg"], values["feedback_norm_ratio"], values["feedback_distance"]) == (0, 1, 0)
+
+
+def test_feedback_twice_as_long_and_none_at_all():
+    network, task = dense((6, 7)), make_task()
+    rule = build("fa", network, task)
+    b = rule.blocks_head_weight
+    for factor in (2.0, 0.0, -1.0):
+        b.copy_(factor * network.head.weight.detach())
+        values = measured(rule, *batch(task), lr=.1)[0]["layers"]["head"]
+        assert values["feedback_norm_ratio"] == pytest.approx(abs(factor), abs=1e-12)
+        assert values["feedback_distance"] == pytest.approx(abs(1 - factor), abs=1e-12)
+        assert values.get("feedback_alignment_deg") == {2.0: 0, 0.0: None, -1.0: 180}[factor]
+
+
+# ---- the errors at the layers
+
+def _with(record, key, count):
+    found = [values for values in (*record["layers"].values(), record["total"]) if key in values]
+    assert len(found) == count
+    return found
+
+
+def plain_numbers(network, x, y):
+    """Of a tanh network of Layers: inputs, activations and output error in float64, by numpy."""
+    h, hs = x.numpy(), []
+    for layer in network.hidden.values():
+        h = np.tanh(h @ layer.linear.weight.detach().numpy().T + layer.linear.bias.detach().numpy())
+        hs.append(h)
+    out = h @ network.head.weight.detach().numpy().T + network.head.bias.detach().numpy()
+    p = np.exp(out - out.max(1, keepdims=True))
+    return hs, p / p.sum(1, keepdims=True) - np.eye(CLASSES)[y.numpy()]
+
+
+def degrees_between(*pairs):
+    a, b = (np.concatenate([side.ravel() for side in sides]) for sides in zip(*pairs))
+    return math.degrees(math.acos(min(1.0, a @ b / np.linalg.norm(a) / np.linalg.norm(b))))
+
+
+@pytest.mark.parametrize("name", ["fa", "dfa"])
+def test_deltas_are_those_of_a_computation_by_hand(name):
+    network, task = dense((6, 7, 5)), make_task()
+    rule = build(name, network, task)
+    x, y = batch(task)
+    (h1, h2), error = plain_numbers(network, x, y)
+    w2, w3 = (w.detach().numpy().copy() for w in (network.blocks["fc2"].linear.weight, network.head.weight))
+    if name == "fa":
+        b2, b3 = rule.blocks_fc2_linear_weight.numpy(), rule.blocks_head_weight.numpy()
+    true2 = error @ w3 * (1 - h2**2)
+    true1 = true2 @ w2 * (1 - h1**2)
+    if name == "fa":
+        delta2 = error @ b3 * (1 - h2**2)
+        delta1 = delta2 @ b2 * (1 - h1**2)
+    else:
+        delta2 = error @ rule.projection_fc2.numpy() * (1 - h2**2)
+        delta1 = error @ rule.projection_fc1.numpy() * (1 - h1**2)
+    record, _ = measured(rule, x, y, lr=.1)
+    found = {block: values["delta_alignment_deg"] for block, values in record["layers"].items()}
+    assert found["fc1"] == pytest.approx(degrees_between((delta1, true1)), abs=1e-6) and found["fc1"] > 10
+    assert found["fc2"] == pytest.approx(degrees_between((delta2, true2)), abs=1e-6) and found["fc2"] > 10
+    assert found["head"] < 1e-6
+    assert record["total"]["delta_alignment_deg"] == pytest.approx(degrees_between((delta1, true1), (delta2, true2), (error, error)), abs=1e-6)
+
+
+def test_deltas_of_a_convolution():
+    """Under dfa one convolution, its bias and tanh: dL/da is what the bias adds up, place by place."""
+    task = make_task((2, 6, 6))
+    network = Network({"conv1": Layer(nn.Conv2d(2, 3, 3), None, nn.Tanh(), 0.0, nn.Flatten()), "head": nn.Linear(48, CLASSES)}, (2, 6, 6)).double()
+    rule = build("dfa", network, task)
+    x, y = batch(task)
+    a = network.blocks["conv1"].linear(x).detach().requires_grad_()
+    h = torch.tanh(a).flatten(1)
+    true, = torch.autograd.grad(F.cross_entropy(network.head(h), y, reduction="sum"), a)
+    error = task.error(network.head(h).detach(), y)
+    own = (error @ rule.projection_conv1).view_as(a) * (1 - torch.tanh(a.detach()) ** 2)
+    record, _ = measured(rule, x, y, lr=.1)
+    assert record["layers"]["conv1"]["delta_alignment_deg"] == pytest.approx(degrees_between((own.numpy(), true.numpy())), abs=1e-6)
+    assert measured(build("bp", network, task), x, y)[0]["total"]["delta_alignment_deg"] < 1e-6
+
+
+def test_deltas_under_autocast_are_compared_in_fp32():
+    network, task = dense((6, 7, 5)).float(), make_task(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        record, _ = measured(build("bp", network, task), *batch(task))
+    assert all(values["delta_alignment_deg"] < 1e-3 for values in _with(record, "delta_alignment_deg", 4))
+
+
+class Often(BP):
+    """Backprop that calls the head twice, or teaches all twice."""
+
+    def learn(self, x, y, apply):
+        out = self.network(x)
+        if self.how == "called twice":
+            out = out + self.network.head(x.new_zeros(len(x), self.network.head.in_features))
+        loss = self.task.loss(out, y)
+        loss.sum().backward(retain_graph=self.how == "taught twice")
+        if self.how == "taught twice":
+            loss.sum().backward()
+        return Learned(out.detach(), loss.detach())
+
+
+@pytest.mark.parametrize("how, blocks", [("called twice", ["fc1"]), ("taught twice", []), ("as ever", ["fc1", "head"])])
+def test_what_has_no_one_delta_has_none(how, blocks):
+    network, task = dense((6, 7)), make_task()
+    rule = Often(network, task)
+    rule.how = how
+    record, _ = measured(rule, *batch(task))
+    assert [name for name, values in record["layers"].items() if "delta_alignment_deg" in values] == blocks
+    assert ("delta_alignment_deg" in record["total"]) == bool(blocks)
+
+
+def test_an_error_that_is_cut_off_on_its_way_is_none():
+    class Cut(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, h: h.clone())
+        backward = staticmethod(lambda ctx, error: None)
+
+    class CutOff(BP):
+        def learn(self, x, y, apply):
+            out = self.network.head(Cut.apply(self.network.blocks["fc1"](x)))
+            loss = self.task.loss(out, y)
+            loss.sum().backward()
+            return Learned(out.detach(), loss.detach())
+
+    network, task = dense((6, 7)), make_task()
+    record, _ = measured(CutOff(network, task), *batch(task))
+    assert "delta_alignment_deg" not in record["layers"]["fc1"] and record["layers"]["head"]["delta_alignment_deg"] == 0
+
+
+def test_forward_forward_has_no_delta_beside_backprops():
+    network, task = dense(), make_task()
+    record, _ = measured(build("forward_forward", network, task), *batch(task))
+    assert not any("delta_alignment_deg" in values for values in (*record["layers"].values(), record["total"]))
+
+
+def hooks(network):
+    return [hook for module in network.modules() for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())]
+
+
+@pytest.mark.parametrize("name", ["bp", "dfa", "forward_forward"])
+def test_no_hook_stays_behind(name):
+    network, task = dense(), make_task()
+    _, measure = measured(build(name, network, task), *batch(task))
+    assert not hooks(network) and not measure.deltas.calls and not measure.true_deltas.calls
+
+
+def test_no_hook_stays_behind_a_batch_that_is_refused(tmp_path):
+    values = configuration("bp", "mlp", arch__widths=[5], metrics__every=1, trainer__on_nonfinite="skip")
+    experiment = build_experiment(values, arrays((1, 5, 5), n=40))
+    experiment.data.train.x[experiment.data.train.order(0)[9]] = math.nan
+    log = Log()
+    loop.train(experiment, log, tmp_path)
+    assert [r["step"] for r in log if r["split"] == "train"] == [1, 3, 4, 5] and not hooks(experiment.network)
+    values["trainer"]["on_nonfinite"] = "stop"
+    experiment = build_experiment(values, arrays((1, 5, 5), n=40))
+    experiment.data.train.x[:] = math.nan
+    with pytest.raises(Diverged):
+        loop.train(experiment, Log(), tmp_path)
+    assert not hooks(experiment.network)
+
+
 @pytest.mark.parametrize("knobs", [{"norm": "batch", "dropout": .3}, {"dropout": .3}], ids=["batch norm, dropout", "dropout"])
 @pytest.mark.parametrize("name", ALGOS)
 def test_measuring_changes_nothing_of_the_training(name, knobs, tmp_path):
     ends, data = [], arrays((1, 5, 5))
     for every in (1, 0):
-        values = configuration(name, "mlp", arch__widths=[9, 8], metrics__every=every, trainer__clip=.5,
+        values = configuration(name, "mlp", arch__widths=[9, 8], metrics__every=every, metrics__batches=2 * every, trainer__clip=.5,
                                **{f"arch__{k}": v for k, v in knobs.items()})
         try:
             experiment = build_experiment(values, data)
@@ -190,7 +362,7 @@ def test_measuring_changes_nothing_of_the_training(name, knobs, tmp_path):
         loop.train(experiment, log, tmp_path / str(every))
         ends.append(tensors(experiment.rule))
         per_layer = [record for record in log if "layers" in record]
-        assert bool(per_layer) == (every == 1 and not solves(experiment.rule))
+        assert bool(per_layer) == (every == 1 and not solves(experiment.rule)) and not hooks(experiment.network)
     assert ends[0].keys() == ends[1].keys()
     assert all(torch.equal(ends[0][n], t) for n, t in ends[1].items())
 

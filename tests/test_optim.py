@@ -13,7 +13,7 @@ from lbp.datasets.data import load
 from lbp.errors import ConfigError, Diverged
 from lbp.training import loop
 from lbp.training.apply import Apply
-from lbp.training.optim import make_optimizers, schedule
+from lbp.training.optim import biases_of, make_optimizers, schedule
 from lbp.training.setup import build as build_experiment
 from lbp.training.setup import build_arch
 
@@ -36,7 +36,7 @@ def test_each_option_is_torchs_class_with_the_settings_of_its_yaml(name):
     assert type(optimizer) is KNOWN[config["name"]]
     settings = optimizer.param_groups[0]
     for key, value in config.items():
-        if key not in ("name", "feedback", "heads"):
+        if key not in ("name", "feedback", "heads", "bias_lr_factor"):
             assert settings[key] == (tuple(value) if isinstance(value, list) else value), key
     assert settings.get("nesterov", False) == (name == "nesterov")
     assert not settings.get("maximize") and not settings.get("amsgrad") and not settings.get("dampening")
@@ -86,6 +86,45 @@ def test_groups_inherit_and_override():
 
 def test_a_group_without_parameters_has_no_optimizer():
     assert set(make_optimizers(defaults("optimizer", "adam"), {"forward": parameters([1.]), "heads": []})) == {"forward"}
+
+
+def test_biases_are_known_by_name_not_by_shape():
+    module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 3, bias=False), nn.RNN(3, 1))
+    wanted = [module[0].bias, module[1].bias, module[3].bias_ih_l0, module[3].bias_hh_l0]
+    assert biases_of(module) == set(wanted) and module[1].weight not in biases_of(module)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_without_a_factor_the_optimizer_has_one_group(name):
+    network = dense()
+    parameters = list(network.parameters())
+    made = make_optimizers(defaults("optimizer", name), {"forward": parameters}, biases_of(network))["forward"]
+    assert len(made.param_groups) == 1 and all(a is b for a, b in zip(made.param_groups[0]["params"], parameters, strict=True))
+
+
+@pytest.mark.parametrize("factor", [0.0, 2.0])
+def test_biases_have_a_learning_rate_of_their_own(factor):
+    """Also under a schedule: of two steps of plain descent, the second at half the rate."""
+    network, task = dense((6, 5), norm=nn.BatchNorm1d), make_task()
+    rule, (x, y) = build("bp", network, task), batch(task)
+    groups = rule.groups()
+    config = defaults("optimizer", "sgd") | {"lr": .1, "bias_lr_factor": factor}
+    apply = Apply(groups, make_optimizers(config, groups, biases_of(rule)))
+    for rate in (1.0, .5):
+        before = tensors(network)
+        gradients = dict(zip(before, torch.autograd.grad(F.cross_entropy(network(x), y), list(network.parameters()))))
+        apply.learning_rates(rate)
+        step(rule, apply, x, y)
+        for name, p in network.named_parameters():
+            own = .1 * rate * (factor if name.endswith("bias") else 1)
+            torch.testing.assert_close(p.detach(), before[name] - own * gradients[name], rtol=1e-9, atol=1e-12)
+
+
+def test_a_group_may_have_a_bias_factor_of_its_own_and_none_but_biases():
+    p, q = parameters([1.]), parameters([2.])
+    config = defaults("optimizer", "adam") | {"lr": .1, "feedback": {"bias_lr_factor": 3.0, "lr": .2}}
+    made = make_optimizers(config, {"forward": p, "feedback": q}, {*p, *q})
+    assert [g["lr"] for o in made.values() for g in o.param_groups] == [.1, pytest.approx(.6)]
 
 
 @pytest.mark.parametrize("group", ["feedback", "heads"])

@@ -94,6 +94,7 @@ PAIR = {
     "small": mlp("dfa", vectors(5)),
     "clip": mlp("fa", trainer__clip=.05, optimizer="sgd"),
     "streaming": mlp("local", algo__schedule="streaming"),
+    "means": mlp("fa", metrics__batches=2, metrics__test=True, trainer__shuffle=False, optimizer__bias_lr_factor=2.0),
     "feedback steps": mlp("ldrl", algo__feedback_steps=3, algo__feedback_epochs=1),
     "early": mlp("bp", dataset__val_size=8, trainer__epochs=60, trainer__patience=2, optimizer__lr=.1),
     "elm parts": mlp("elm", vectors(8193)),  # of 4096 a rank: the last part has one row

@@ -67,11 +67,11 @@ class Arrays:
 
 class Split:
     """x (N, *in_shape) and y (N,) labels or (N, k) targets, both resident on the device. `source` (N,): where each
-    sample stands in the dataset."""
+    sample stands in the dataset. Without `shuffle` every epoch takes them as they stand here."""
 
-    def __init__(self, x: Tensor, y: Tensor, *, batch_size: int, seed: int = 0,
-                 augment: Augment | None = None, black: Tensor | None = None, source: Tensor | None = None):
-        self.x, self.y, self.seed, self.augment, self.black = x, y, seed, augment, black
+    def __init__(self, x: Tensor, y: Tensor, *, batch_size: int, seed: int = 0, augment: Augment | None = None,
+                 black: Tensor | None = None, source: Tensor | None = None, shuffle: bool = True):
+        self.x, self.y, self.seed, self.augment, self.black, self.shuffle = x, y, seed, augment, black, shuffle
         self.source = torch.arange(len(x)) if source is None else source
         self.batch_size = min(batch_size, len(x))
 
@@ -90,6 +90,8 @@ class Split:
 
     def order(self, epoch: int) -> Tensor:
         """The samples in the order of an epoch's batches."""
+        if not self.shuffle:
+            return torch.arange(len(self.x))
         return torch.randperm(len(self.x), generator=generator("order", self.seed, epoch))
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -141,11 +143,12 @@ class Data:
 
 
 def load(cfg: dict, *, seed: int, batch_size: int, device="cpu", dtype: torch.dtype = torch.float32,
-         arrays: Arrays | None = None) -> Data:
+         arrays: Arrays | None = None, shuffle: bool = True) -> Data:
     """
     The dataset that `cfg` (the dataset group of a configuration) names, or `arrays` under the same knobs.
 
-    `seed` decides validation split, subset, order and augmentation, never the test split. Raises DataError
+    `seed` decides validation split, subset, order and augmentation, never the test split. Without `shuffle`
+    the training samples, whichever those are, come in the order of the data. Raises DataError
     for data that cannot be had or used, ConfigError for knobs that do not fit it.
     """
     cfg = COMMON | cfg
@@ -166,6 +169,8 @@ def load(cfg: dict, *, seed: int, batch_size: int, device="cpu", dtype: torch.dt
         held, pool = stratified(y, pool, round(TEST_SHARE * len(x)), generator("test"))
         x_test, y_test = x, y
     train, val = _divided(y, pool, cfg, seed, name)
+    if not shuffle:
+        train = train.sort().values     # a split is cut off at random, which mixes
 
     shift, scale = _scaling(x, train, cfg["normalize"], kind, arrays.white)
     regression = arrays.classes is None
@@ -183,7 +188,7 @@ def load(cfg: dict, *, seed: int, batch_size: int, device="cpu", dtype: torch.dt
     task = Task("regression" if regression else "classification", tuple(x.shape[1:]), classes or y.shape[1],
                 classes, loss, cfg["label_smoothing"], dtype)
     black = (-shift / scale)[0].to(device, dtype) if kind == "image" else None
-    return Data(name, task, split(x, y, train, augment=augment or None, black=black),
+    return Data(name, task, split(x, y, train, augment=augment or None, black=black, shuffle=shuffle),
                 split(x, y, val) if len(val) else None, split(x_test, y_test, held), arrays.classes,
                 cfg["normalize"])
 

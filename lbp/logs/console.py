@@ -43,6 +43,11 @@ class Console:
             self.line("logger.console=live: stdout is no terminal that could show it; plain lines instead")
 
     def line(self, text: str) -> None:
+        """What stands before or after the training; the terminal is given back for it."""
+        self.leave()
+        self._line(text)
+
+    def _line(self, text: str) -> None:
         self.file.write(text + "\n")
         if not self.quiet:
             say(text)
@@ -56,18 +61,16 @@ class Console:
         if self.view and split != "warning":
             self.view.write(record)
         if split == "warning":
-            self.line(f"warning: {record['warning']}")
-        elif split == "train":
+            self._line(f"warning: {record['warning']}")
+        if "layers" in record:
             self.angles = {name: values["alignment_deg"] for name, values in record["layers"].items()
                            if "alignment_deg" in values}
-        elif split == "train_epoch":
+        if split == "train_epoch":
             self.train = record
             if not self.validated:
                 self._epoch({})
         elif split == "val":
             self._epoch(record)
-        elif split == "test":
-            self.leave()
 
     def leave(self, seconds: float | None = None) -> None:
         """Gives the terminal back, within so many seconds."""
@@ -91,4 +94,4 @@ class Console:
         if self.view:
             self.file.write("  ".join(parts) + "\n")
         else:
-            self.line("  ".join(parts))
+            self._line("  ".join(parts))

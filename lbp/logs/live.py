@@ -59,9 +59,9 @@ class View:
     def write(self, record: dict[str, Any]) -> None:
         split = record["split"]
         self.losses = self.losses | {split: record}
-        if split == "train":
+        if "layers" in record:
             self.angles = angles(record["layers"])
-        elif split == "val" and (self.best is None or record.get(self.metric, 0) > self.best[0]):
+        if split == "val" and (self.best is None or record.get(self.metric, 0) > self.best[0]):
             self.best = record.get(self.metric, 0), record["epoch"]
 
     def follow(self, state, steps: int, total: int, memory_mb) -> None:

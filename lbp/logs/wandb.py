@@ -142,7 +142,8 @@ def _in_netrc() -> bool:
 
 
 def flat(record: dict[str, Any]) -> dict[str, Any]:
-    """A line of metrics.jsonl as W&B names: {"loss/val": ..., "alignment_deg/fc1": ..., "alignment_deg/total": ...}."""
+    """A line of metrics.jsonl as W&B names: {"loss/val": ..., "alignment_deg/fc1": ..., "alignment_deg/total": ...}; means
+    over an epoch's batches, which have another axis, are "alignment_deg/fc1/epoch"."""
     split, record = record["split"], plain(record)
     values = {"step": record["step"], "epoch": record["epoch"]}
     if split == "warning":
@@ -150,7 +151,8 @@ def flat(record: dict[str, Any]) -> dict[str, Any]:
     for key, value in record.items():
         if isinstance(value, (int, float)) and key not in values:
             values[f"{key}/{split}"] = value
-    return values | _by_layer(record)
+    end = "/epoch" if split == "train_epoch" else ""
+    return values | {name + end: value for name, value in _by_layer(record).items()}
 
 
 def flat_summary(summary: dict[str, Any]) -> dict[str, Any]:

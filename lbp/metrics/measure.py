@@ -4,39 +4,47 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lbp import ranks
-from lbp.archs.network import block_of
+from lbp.archs.network import CONVOLUTIONS, block_of
 
 
 class Measure:
     """One measured batch: `before` it is learned, `collect` at each apply, `record` after.
 
     Nothing of the training changes, to the bit: the shadow pass runs on copies of the buffers and gives the random state
-    back.
+    back. `deltas`: whether the errors at the layers are measured too; of compiled blocks they cannot be.
     """
 
-    def __init__(self, rule, task):
+    def __init__(self, rule, task, deltas: bool = True):
         self.rule, self.network, self.task = rule, rule.network, task
         self.parameters = dict(self.network.named_parameters())
         self.names = {id(p): name for name, p in self.parameters.items()}
+        self.layers = {name: module for name, module in self.network.named_modules()
+                       if deltas and isinstance(module, (nn.Linear, *CONVOLUTIONS))}
 
-    def before(self, x: Tensor, y: Tensor, count: int | None = None) -> None:
-        """`count`: targets of the whole batch, of which x and y are this rank's share."""
+    def before(self, x: Tensor, y: Tensor, count: int | None = None) -> Deltas:
+        """What the rule is to learn the batch within. `count`: targets of the whole batch, of which x and y are this
+        rank's share."""
         devices = [x.device] if x.is_cuda else []
-        with torch.random.fork_rng(devices), _buffers_kept(self.network):
+        with torch.random.fork_rng(devices), _buffers_kept(self.network), Deltas(self.layers) as self.true_deltas:
             self.activations, self.shadow = self._backprop(x, y)
         self.weights = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.left: dict[str, Tensor] = {}
         self.count = self.task.count(y) if count is None else count
         self.rows = len(x)
+        self.feedback: dict[str, Products] | None = None
+        self.deltas = Deltas(self.layers)
+        return self.deltas
 
     def collect(self, moving: list[nn.Parameter]) -> None:
-        """Adds up what the rule left in `.grad` of the network's parameters."""
+        """Adds up what the rule left in `.grad` of the network's parameters; called before any of them moves."""
+        self._ask_feedback()
         for p in moving:
             name = self.names.get(id(p))
             if name is not None:
@@ -46,7 +54,7 @@ class Measure:
         """{"layers": {block: {metric: value}}, "total": {metric: value}}: angles in degrees, norms of gradients that are
         averaged over targets. What is undefined is absent."""
         blocks = self._over_ranks(blocks)
-        feedback = {block: products_of(*pair) for block, pair in self.rule.feedback().items()}
+        feedback, deltas = self._ask_feedback(), self._compared_deltas()
         products = {name: products_of(left, self.shadow[name]) for name, left in self.left.items()}
         members: dict[str, list[str]] = {name: [] for name in self.network.blocks}
         for name in self.parameters:
@@ -61,13 +69,17 @@ class Measure:
             moved = norm([weight.sub_(self.parameters[n].detach()) for n, weight in zip(names, before)])
             if moved and size:
                 values["update_ratio"] = moved / size
+            if block in deltas:
+                values["delta_alignment_deg"] = angle(deltas[block])
             if block in feedback:
-                values["feedback_alignment_deg"] = angle(feedback[block])
+                values.update(_of_feedback(feedback[block]))
             values.update(blocks.get(block, {}))
             layers[block] = {key: value for key, value in values.items() if value is not None and math.isfinite(value)}
         total = self._compared(products, list(self.parameters))
+        if deltas:
+            total["delta_alignment_deg"] = angle(joint(deltas.values()))
         if feedback:
-            total["feedback_alignment_deg"] = angle(joint(feedback.values()))
+            total.update(_of_feedback(joint(feedback.values())))
         return {"layers": layers, "total": {key: value for key, value in total.items() if value is not None}}
 
     def _compared(self, products: dict[str, Products], names: list[str]) -> dict[str, float | None]:
@@ -85,6 +97,30 @@ class Measure:
             if part:
                 values[f"alignment_{kind}_deg"] = angle(joint(part))
         return values
+
+    def _ask_feedback(self) -> dict[str, Products]:
+        """Weights beside feedback, of each block, as they are in this batch: asked once, before anything moves."""
+        if self.feedback is None:
+            self.feedback = {block: products_of(*pair) for block, pair in self.rule.feedback().items()}
+        return self.feedback
+
+    def _compared_deltas(self) -> dict[str, Products]:
+        """The rule's errors beside backprop's, of each block: its layers and the rows of all ranks laid end to end. A layer
+        counts where one error of the batch's shape arrived, on every rank."""
+        if not self.layers:
+            return {}
+        parts = []
+        for name in self.layers:
+            rule, true = self.deltas.take(name), self.true_deltas.take(name)
+            there = rule is not None and true is not None and rule.shape == true.shape
+            parts.append([*(products_of(rule, true) if there else (0.0,) * 4), float(there)])
+        parts = torch.tensor(parts, dtype=torch.float64)
+        ranks.total([parts])
+        found: dict[str, list[Products]] = {}
+        for name, (*products, there) in zip(self.layers, parts.tolist()):
+            if there == ranks.world():
+                found.setdefault(block_of(name), []).append(Products(*products))
+        return {block: joint(products) for block, products in found.items()}
 
     def _backprop(self, x: Tensor, y: Tensor):
         activations = {}
@@ -110,6 +146,36 @@ class Measure:
         for (block, key), value in zip(names, (means[:-1] / means[-1]).tolist()):
             found.setdefault(block, {})[key] = value
         return found
+
+
+class Deltas:
+    """The errors that arrive at the outputs of weight layers, dL/da of a = W x + b, while it is entered; no hook stays."""
+
+    def __init__(self, layers: dict[str, nn.Module]):
+        self.layers, self.handles = layers, []
+        self.calls: dict[str, list[list[Tensor]]] = {name: [] for name in layers}   # of each, what arrived
+
+    def __enter__(self) -> Deltas:
+        self.handles = [layer.register_forward_hook(partial(self._called, name)) for name, layer in self.layers.items()]
+        return self
+
+    def __exit__(self, *_) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _called(self, name: str, layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+        def arrive(error: Tensor | None) -> None:
+            if error is not None:   # else cut off on its way; a copy: others may write into it
+                arrived.append(error.detach().to(torch.promote_types(error.dtype, torch.float32), copy=True))
+
+        if output.requires_grad:
+            self.calls[name].append(arrived := [])
+            self.handles.append(output.register_hook(arrive))
+
+    def take(self, name: str) -> Tensor | None:
+        """The error at a layer, once; None where it was called or taught more than once, or never."""
+        calls = self.calls.pop(name, [])
+        return calls[0][0] if len(calls) == 1 == len(calls[0]) else None
 
 
 class _buffers_kept:
@@ -180,3 +246,32 @@ def angle(products: Products) -> float | None:
         return None
     gap = 2 * (length - products.lengths) + products.apart  # 2 |a||b| (1 - cos)
     return math.degrees(2 * math.asin(math.sqrt(min(1.0, max(0.0, gap / (4 * length))))))
+
+
+def _of_feedback(products: Products) -> dict[str, float | None]:
+    """Weights W beside their feedback B: the angle between them, |B| / |W| and |W - B| / |W|."""
+    values = {"feedback_alignment_deg": angle(products)}
+    if products.left:
+        apart = products.left + products.right - 2 * products.lengths + products.apart     # |W - B|^2, exactly 0 where B = W
+        values["feedback_norm_ratio"] = math.sqrt(products.right / products.left)
+        values["feedback_distance"] = math.sqrt(max(0.0, apart) / products.left)
+    return values
+
+
+def add_up(sums: dict[str, Any], values: dict[str, Any]) -> None:
+    """Adds a batch's values, nested as they are, to an epoch's [sum, number of values]; of an angle 1 - its cosine, which
+    by half of the angle is exact near 0."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            add_up(sums.setdefault(key, {}), value)
+        else:
+            total, number = sums.get(key, (0.0, 0))
+            sums[key] = [total + (2 * math.sin(math.radians(value) / 2) ** 2 if key.endswith("_deg") else value), number + 1]
+
+
+def means(sums: dict[str, Any]) -> dict[str, Any]:
+    """Of what was added up, over the batches that had the value: means, and angles whose cosine is the mean cosine."""
+    def mean(key: str, total: float, number: int) -> float:
+        return math.degrees(2 * math.asin(math.sqrt(min(1.0, total / number / 2)))) if key.endswith("_deg") else total / number
+
+    return {key: means(found) if isinstance(found, dict) else mean(key, *found) for key, found in sums.items()}

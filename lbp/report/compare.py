@@ -11,7 +11,7 @@ from typing import Any
 from lbp import knobs
 from lbp.errors import ConfigError
 from lbp.report.runs import STATUSES, Run
-from lbp.report.tables import Column, comma_separated, figure, markdown, rough, text
+from lbp.report.tables import Column, average, comma_separated, markdown, rough, text
 
 BY = ("algo", "dataset", "arch")
 USUAL = ("test_accuracy", "test_r2", "test_loss")  # the first that a run has
@@ -63,7 +63,11 @@ class Comparison:
 
 def number(run: Run, key: str) -> float | None:
     """A figure of the summary, also a dotted one: total.alignment_deg."""
-    value: Any = run.summary
+    return dotted(run.summary, key)
+
+
+def dotted(values: dict[str, Any], key: str) -> float | None:
+    value: Any = values
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
@@ -273,9 +277,8 @@ def _cells(found: Comparison) -> tuple[list[Column], list[list[str]]]:
     cells = []
     for row in found.rows:
         count = f"({len(row.values)}{f' of {len(row.runs) + len(row.lost)}' if row.lost else ''})"
-        spread = f" ± {_like(row.mean, row.std)}" if row.std is not None else ""
         name = f"{row.metric.removeprefix('test_')} " if len(names) > 1 and row.metric else ""
-        result = f"{name}{figure(row.mean)}{spread} {count}" if row.values else f"- {count}"
+        result = f"{name}{average(row.values)} {count}" if row.values else f"- {count}"
         over = [_over(row.metric, *row.over[control]) if control in row.over else "" for control in controls]
         costs = [rough(value) if (value := row.average(key)) is not None else ""
                  for key in ("train_s", "samples_per_s", "peak_memory_mb")]
@@ -285,12 +288,6 @@ def _cells(found: Comparison) -> tuple[list[Column], list[list[str]]]:
 
 def _over(metric: str, by: float, same: bool) -> str:
     return (f"{by * 100:+.1f} points" if "accuracy" in metric else f"{by:+.4f}") + ("" if same else "*")
-
-
-def _like(mean: float, std: float) -> str:
-    """The std to as many decimals as the mean."""
-    decimals = len(figure(mean).partition(".")[2])
-    return f"{std:,.{decimals}f}"
 
 
 def left_out(found: Comparison) -> list[str]:

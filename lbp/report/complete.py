@@ -10,7 +10,7 @@ from lbp.errors import ConfigError
 OVERRIDES = ("train", "resume", "eval", "rerun", "search", "doctor")  # commands that take key=value
 NAMES = ("resume", "eval", "rerun", "export")  # that take one run
 MANY = ("compare", "report", "sync")  # that take several
-AFTER = {"--split": ("test", "val", "train"), "--checkpoint": ("last", "best")}
+AFTER = {"--split": ("test", "val", "train"), "--checkpoint": ("last", "best"), "--seeds": ()}
 FILES = ("--config", "--to", "--csv", "--markdown")
 FIGURES = ("test_accuracy", "best_test_accuracy", "val_accuracy", "train_accuracy", "test_loss", "test_r2", "train_s",
            "samples_per_s", "peak_memory_mb")
@@ -56,7 +56,9 @@ def _candidates(before: list[str], current: str, flags: dict[str, list[str]], li
     if command == "completion":
         return SCRIPTS
     if command == "reproduce":
-        return registry.options("experiment")
+        from lbp.report.reproductions import experiments
+
+        return experiments()
     if command in MANY or command in NAMES and not given:
         return _runs()
     return _overrides(current, before) if command in OVERRIDES else []

@@ -126,7 +126,7 @@ def read(folder: Path) -> Run:
     if status == "done" and not summary and not faults:
         faults.append("summary.json is missing")
     settings = _settings(folder, faults)
-    options = _options(folder, faults) | {k: str(summary[k]) for k in ("algo", "dataset", "arch") if k in summary}
+    options = options_of(folder, faults) | {k: str(summary[k]) for k in ("algo", "dataset", "arch") if k in summary}
     record, epoch = _record(folder / "metrics.jsonl")
     if record:
         faults.append(record)
@@ -155,7 +155,7 @@ def _summary(folder: Path, faults: list[str]) -> dict[str, Any]:
     return {}
 
 
-def _options(folder: Path, faults: list[str]) -> dict[str, str]:
+def options_of(folder: Path, faults: list[str]) -> dict[str, str]:
     """Of meta.json only the head is read: a git diff that is in it may have a megabyte."""
     head = _content(folder / "meta.json", 8192)
     match = re.search(r'"options": (\{[^{}]*\})', head)
@@ -190,13 +190,14 @@ def _flat(section: str) -> tuple[tuple[str, str], ...] | None:
         values = yaml.load(section, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (yaml.YAMLError, ValueError, RecursionError):
         return None
-    return tuple(_pairs(values, "")) if isinstance(values, dict) else None
+    return tuple(as_typed(values)) if isinstance(values, dict) else None
 
 
-def _pairs(values: dict, prefix: str) -> Iterator[tuple[str, str]]:
+def as_typed(values: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """A configuration's dotted keys, and their values as they are typed."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            yield from _pairs(value, f"{prefix}{key}.")
+            yield from as_typed(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", knobs.show(value)
 

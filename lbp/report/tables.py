@@ -4,6 +4,7 @@ import csv
 import io
 import textwrap
 from collections.abc import Sequence
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 
@@ -65,6 +66,12 @@ def figure(value: float) -> str:
     """A number as one reads it: 0.9612, 12.34, 71,189."""
     size = abs(value)
     return f"{value:.4f}" if size < 10 else f"{value:.2f}" if size < 1000 else f"{value:,.0f}"
+
+
+def average(values: Sequence[float]) -> str:
+    """0.9612 ± 0.0031: of several also the standard deviation, to as many decimals as the mean."""
+    mean = figure(fmean(values))
+    return mean + (f" ± {stdev(values):,.{len(mean.partition('.')[2])}f}" if len(values) > 1 else "")
 
 
 def rough(value: float) -> str:

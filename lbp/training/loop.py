@@ -12,7 +12,7 @@ from torch import Tensor
 from lbp import interrupt, ranks
 from lbp.algos.rule import Learned, Phase
 from lbp.errors import Diverged
-from lbp.metrics.measure import Measure
+from lbp.metrics.measure import Measure, add_up, means
 from lbp.training.environment import seed_all
 from lbp.training.guards import Statistics, forget, leave_out
 from lbp.training.optim import schedule
@@ -38,8 +38,8 @@ class Loop:
     def __init__(self, experiment: Experiment, log, folder: Path, content: dict[str, Any] | None):
         self.experiment, self.log, self.folder = experiment, log, folder
         self.data, self.rule, self.apply, self.env = experiment.data, experiment.rule, experiment.apply, experiment.environment
-        self.task, self.trainer, self.every = self.data.task, experiment.values["trainer"], experiment.values["metrics"]["every"]
-        self.progress, self.measure = Progress(experiment, log, folder), Measure(self.rule, self.task)
+        self.task, self.trainer, self.metrics = self.data.task, experiment.values["trainer"], experiment.values["metrics"]
+        self.progress, self.measure = Progress(experiment, log, folder), Measure(self.rule, self.task, not self.trainer["compile"])
         self.state, self.statistics = self.progress.state, Statistics(experiment.network)
         self.phases = [(phase, epochs_of(phase, self.trainer)) for phase in self.rule.phases()]
         self.total_steps = self.data.train.steps * sum(epochs for phase, epochs in self.phases if not phase.fit)
@@ -71,8 +71,9 @@ class Loop:
                     raise
         self.progress.tick()
         summary = summarise(self.experiment, state, self.folder)
-        self.log.write({"step": state.step, "epoch": state.epoch, "split": "test", "loss": summary["test_loss"],
-                        self.task.metric: summary[f"test_{self.task.metric}"]})
+        if not (self.metrics["test"] and state.epoch and not state.batch):  # else the last epoch wrote it
+            self.log.write({"step": state.step, "epoch": state.epoch, "split": "test", "loss": summary["test_loss"],
+                            self.task.metric: summary[f"test_{self.task.metric}"]})
         return summary
 
     def enough(self) -> bool:
@@ -88,11 +89,13 @@ class Loop:
         for x, y in self.data.train.batches(state.epoch, state.batch):
             if self.progress.ends_before(task.count(y)):
                 return
-            measuring = self.every and ((state.step + 1) % self.every == 0 or state.step in (0, self.total_steps - 1))
+            every, averaged = self.metrics["every"], state.batch < self.metrics["batches"]
+            told = every and ((state.step + 1) % every == 0 or state.step in (0, self.total_steps - 1))
+            measuring, watching = told or averaged, nullcontext()
             if measuring:
                 state.measure_s -= time.perf_counter()
                 with env.autocast():
-                    self.measure.before(x, y, apply.count)
+                    watching = self.measure.before(x, y, apply.count)
                 state.measure_s += time.perf_counter()
             apply.observe = self.measure.collect if measuring else None
             first = state.step == 0
@@ -101,7 +104,7 @@ class Loop:
             apply.learning_rates(self.factor(state.step))
             self.statistics.keep()
             try:
-                with counter, env.autocast():
+                with counter, env.autocast(), watching:
                     learned = phase.learn(x, y, apply)
                 learned.loss = learned.loss.sum()
                 apply.finish(learned.loss)
@@ -121,7 +124,11 @@ class Loop:
                 state.flops_per_sample = counter.get_total_flops() / len(x)
             if measuring:
                 state.measure_s -= time.perf_counter()
-                self.log.write(self.measured(phase, learned, y))
+                record = self.measured(phase, learned, y)
+                if told:
+                    self.log.write(record)
+                if averaged:
+                    add_up(state.measured, {key: record[key] for key in ("layers", "total")})
                 state.measure_s += time.perf_counter()
         self.progress.lap()
 
@@ -162,19 +169,21 @@ class Loop:
         whole = self.progress.content()  # where an interrupted evaluation goes on
         try:
             found = evaluate(self.rule, self.task, self.data.val, self.env) if self.data.val else None
+            tested = evaluate(self.rule, self.task, self.data.test, self.env) if self.metrics["test"] else None
         except interrupt.Interrupted:
             if not phase.fit:
                 self.progress.save(whole)
             raise
         if not phase.fit:
             state.train = state.means(self.task)
-            values = {"samples_per_s": state.targets / state.epoch_s, "learning_rate_factor": self.factor(state.step - 1)}
+            values = {"samples_per_s": state.targets / state.epoch_s, "learning_rate_factor": self.factor(state.step - 1),
+                      **means(state.measured)}
             if self.apply.still:
                 self.progress.warn("still", "every gradient of this epoch was exactly zero: nothing is learned (dead units, or "
                                             "a teaching signal of zero)")
         state.epoch, state.phase_epoch = state.epoch + 1, state.phase_epoch + 1
         state.train_s, state.samples = state.train_s + state.epoch_s, state.samples + state.targets
-        state.batch, state.targets, state.epoch_s, state.loss, state.score = 0, 0, 0.0, 0.0, 0.0
+        state.batch, state.targets, state.epoch_s, state.loss, state.score, state.measured = 0, 0, 0.0, 0.0, 0.0, {}
         self.log.write({"step": state.step, "epoch": state.epoch, "split": "train_epoch", "phase": phase.name, **state.train, **values})
         better = False
         if found:
@@ -183,4 +192,6 @@ class Loop:
             state.without_gain = 0 if better else state.without_gain + 1
             if better:
                 state.best, state.best_epoch = found[self.task.metric], state.epoch
+        if tested:
+            self.log.write({"step": state.step, "epoch": state.epoch, "split": "test", **tested})
         self.progress.save(best=better, begins_epoch=self.trainer["on_nonfinite"] == "restore")

@@ -23,7 +23,8 @@ CHECKPOINT_S = 300      # seconds between checkpoints within an epoch, where no 
 class State:
     """Where a run stands: after `step` batches, `epoch` epochs of which `phase_epoch` in the current phase, and `batch`
     batches of the epoch that was begun. Times in seconds; `loss` and `score` add up over the epoch on this rank;
-    `layers` and `total` hold what was measured last; `lines` is the length of metrics.jsonl in bytes."""
+    `layers` and `total` hold what was measured last, `measured` sums over the epoch's first batches (measure.add_up);
+    `lines` is the length of metrics.jsonl in bytes."""
 
     step: int = 0
     epoch: int = 0
@@ -49,7 +50,7 @@ class State:
     warned: list[str] = field(default_factory=list)
     layers: dict[str, dict[str, float]] = field(default_factory=dict)
     total: dict[str, float] = field(default_factory=dict)
-
+    measured: dict[str, Any] = field(default_factory=dict)
 
     def means(self, task: Task) -> dict[str, float]:
         """Loss and metric over the epoch so far, of all ranks."""

@@ -19,7 +19,7 @@ from lbp.errors import ConfigError, Refused
 from lbp.training import checkpoint
 from lbp.training.apply import Apply
 from lbp.training.environment import Environment, prepare, seed_all
-from lbp.training.optim import make_optimizers
+from lbp.training.optim import biases_of, make_optimizers
 
 
 @dataclass
@@ -42,7 +42,7 @@ def build(values: dict[str, Any], arrays: Arrays | None = None, begun: bool = Fa
     if arrays is None:
         refuse_early(values)
     data = load(values["dataset"], seed=seed, batch_size=trainer["batch_size"], device=environment.device,
-                dtype=environment.dtype, arrays=arrays)
+                dtype=environment.dtype, arrays=arrays, shuffle=trainer["shuffle"])
     if data.train.batch_size < ranks.world():
         raise ConfigError(f"launch.ranks={ranks.world()}: a batch of {data.train.batch_size} samples has not one for each rank; "
                           "use fewer ranks or a larger trainer.batch_size")
@@ -58,7 +58,7 @@ def build(values: dict[str, Any], arrays: Arrays | None = None, begun: bool = Fa
     if trainer["compile"]:
         compile_blocks(network)
     return Experiment(values, environment, data, network, rule,
-                      Apply(groups, make_optimizers(values["optimizer"], groups), trainer["clip"]))
+                      Apply(groups, make_optimizers(values["optimizer"], groups, biases_of(rule)), trainer["clip"]))
 
 
 def refuse_early(values: dict[str, Any]) -> None:

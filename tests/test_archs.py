@@ -10,7 +10,7 @@ from torch import nn
 
 from lbp import registry
 from lbp.algos.ops import feedback_sites
-from lbp.archs.init import KINDS, draw
+from lbp.archs.init import KINDS, draw, spread
 from lbp.archs.network import ACTIVATIONS, Layer, Network
 from lbp.archs.network import norm as make_norm
 from lbp.errors import ConfigError, Refused
@@ -126,13 +126,30 @@ def test_activations_are_what_they_are_called(name):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_drawn_with_the_spread_of_their_papers(kind):
-    out, fan_in = 300, 400
-    weight = draw(torch.empty(out, fan_in), kind, 2.0) / 2
-    std = {"default": (1 / 3 / fan_in) ** .5, "xavier": (2 / (fan_in + out)) ** .5, "kaiming": (2 / fan_in) ** .5,
-           "lecun": (1 / fan_in) ** .5, "orthogonal": fan_in ** -.5}[kind]
-    assert weight.std().item() == pytest.approx(std, rel=.02) and abs(weight.mean().item()) < .02 * std * 10
+    out, fan_in, scale = 300, 400, 2.0
+    weight = draw(torch.empty(out, fan_in), kind, scale)
+    std = {"default": (1 / 3 / fan_in) ** .5, "xavier": (2 / (fan_in + out)) ** .5, "xavier_normal": (2 / (fan_in + out)) ** .5,
+           "kaiming": (2 / fan_in) ** .5, "kaiming_uniform": (2 / fan_in) ** .5, "lecun": (1 / fan_in) ** .5, "uniform": 3 ** -.5,
+           "variance_scaling": (1 / scale / fan_in) ** .5, "orthogonal": fan_in ** -.5, "zeros": 0.0}[kind] * scale
+    assert weight.std().item() == pytest.approx(std, rel=.02) and abs(weight.mean().item()) <= .2 * std
+    assert spread(weight, kind, scale) == pytest.approx(std)
+    flat = kind in ("default", "xavier", "kaiming_uniform", "uniform", "zeros")
+    assert (weight.abs().max().item() <= 3 ** .5 * std * 1.0001) == flat
     if kind == "orthogonal":
-        torch.testing.assert_close(weight @ weight.T, torch.eye(out), atol=1e-5, rtol=0)
+        torch.testing.assert_close(weight @ weight.T, scale**2 * torch.eye(out), atol=1e-5, rtol=0)
+    kernel = draw(torch.empty(64, 32, 3, 3), kind)
+    assert kernel.std().item() == pytest.approx(spread(kernel, kind), rel=.03)
+
+
+@pytest.mark.parametrize("kind", ["default", "lecun", "variance_scaling", "zeros"])
+@pytest.mark.parametrize("arch", [a for a in ARCHS if "init_scale" in registry.option("arch", a).knobs])
+def test_forward_weights_have_a_scale_of_their_own(arch, kind):
+    plain, scaled = (make(arch, init=kind, init_scale=scale) for scale in (1.0, 9.0))
+    factor = 3 if kind == "variance_scaling" else 9
+    weights = {id(m.weight) for n in (plain, scaled) for m in n.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    for a, b in zip(plain.parameters(), scaled.parameters(), strict=True):
+        torch.testing.assert_close(b, factor * a if id(b) in weights else a)
+        assert kind != "zeros" or id(b) not in weights or not b.any()
 
 
 @pytest.mark.parametrize("arch", ["mlp", "cnn"])

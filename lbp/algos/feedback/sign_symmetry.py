@@ -37,13 +37,16 @@ class SignSymmetry(LearningRule):
                 self.sizes[name] = draw(torch.empty_like(weight, requires_grad=False), init, scale).abs_()
             if magnitude == "fixed":
                 self.register_buffer(buffer_name(name), self.sizes.pop(name))
+        # Written anew for every batch: memory of that size is expensive to ask for.
+        self.signed = {name: torch.empty_like(weight, requires_grad=False) for name, weight in self.sites.items()}
         if magnitude == "batch":
             self.rng = Rng()
 
     def pairs(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """{parameter name: (W, B)} at the present weights."""
         sizes = self.sizes or {name: getattr(self, buffer_name(name)) for name in self.sites}
-        return {name: (weight, weight.detach().sign().mul_(sizes[name])) for name, weight in self.sites.items()}
+        return {name: (weight, torch.sign(weight.detach(), out=self.signed[name]).mul_(sizes[name]))
+                for name, weight in self.sites.items()}
 
     def learn(self, x, y, apply):
         if self.magnitude == "batch":
@@ -66,4 +69,5 @@ def redraw(size: torch.Tensor, init: str, scale: float, generator: torch.Generat
         return
     words = torch.empty(-(-size.numel() // 8), dtype=torch.int64).random_(-(2**63), None, generator=generator)
     steps = words.view(torch.uint8)[: size.numel()].view(size.shape).to(size.device)
-    torch.add(steps, 0.5, out=size).mul_(math.sqrt(3) * spread(size, init, scale) / 256)
+    step = math.sqrt(3) * spread(size, init, scale) / 256
+    torch.add(size.new_tensor(step / 2), steps, alpha=step, out=size)

@@ -497,8 +497,8 @@ GOOD = idx_bytes(np.zeros((4, 28, 28)))
     (b"<html>403 Forbidden</html>", False),
     (idx_bytes(np.zeros(4)), False), (b"\0\0\x09" + GOOD[3:], False),
     (GOOD[:4] + b"\xff" * 12 + GOOD[16:], False),
-    (gzip.compress(GOOD)[:-6], True), (gzip.compress(GOOD)[:20], True), (GOOD, True),
-    (gzip.compress(GOOD)[:-8] + b"\0" * 8, True)])
+    (gzip.compress(GOOD, mtime=0)[:-6], True), (gzip.compress(GOOD, mtime=0)[:20], True), (GOOD, True),
+    (gzip.compress(GOOD, mtime=0)[:-8] + b"\0" * 8, True)])
 def test_damaged_idx_files(tmp_path, content, packed):
     file = tmp_path / ("train-images-idx3-ubyte" + ".gz" * packed)
     file.write_bytes(content)

@@ -16,6 +16,13 @@ ROWS = {  # label: overrides beside dataset=mnist trainer.epochs=3
     "dfa, tanh": ["algo=dfa", TANH],
     "dfa": ["algo=dfa"],
     "fa": ["algo=fa"],
+    "usf": ["algo=usf"],
+    "frsf": ["algo=frsf"],
+    "brsf": ["algo=brsf"],
+    "wm, after 1 epoch of mirroring": ["algo=wm"],
+    "dkp": ["algo=dkp"],
+    "sdfa, tanh": ["algo=sdfa"],
+    "drtp, tanh, adam 3e-4": ["algo=drtp"],
     "kp, sgd 0.02, momentum 0.9, decay 5e-5": ["algo=kp"],
     "local": ["algo=local"],
     "forward_forward, 784-500-500-10, x/255, 4 epochs": [

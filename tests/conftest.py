@@ -56,7 +56,7 @@ def prefers(algo):
 def configuration(algo="bp", arch="mlp", optimizer="adam", schedule="constant", **overrides):
     """A resolved configuration; overrides are written group__knob=value, algo's preferences apply."""
     wishes = prefers(algo)
-    optimizer = wishes.pop("optimizer", optimizer)
+    optimizer, schedule = wishes.pop("optimizer", optimizer), wishes.pop("schedule", schedule)
     values = {"seed": 0, "plugins": [], "run": {"dir": None, "name": None, "init_from": None}, "dataset": {"name": "arrays", "val_size": 0},
               "arch": defaults("arch", arch), "algo": defaults("algo", algo), "optimizer": defaults("optimizer", optimizer),
               "schedule": defaults("schedule", schedule), "trainer": defaults("trainer", "default"),

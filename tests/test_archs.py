@@ -427,6 +427,7 @@ def test_refusals_say_what_to_do(arch, in_shape, knobs, says):
      [(4, 4, 4), (5,)]),
     (["conv:4:5:1:2", "norm:instance", "leaky_relu", "dropout:0.2", "flatten", "dense:9", "norm:layer", "gelu", "dropout:0"],
      [(4 * 256,), (9,)]),
+    (["conv:4:3", "relu", "conv:6:3:1:1:2", "tanh", "avgpool:14", "flatten"], [(4, 14, 14), (6,)]),
     (["maxpool:3:2", "conv:2:3:2:0", "hardtanh", "flatten", "dense:3", "softmax"], [(18,), (3,)]),
     (["norm:batch", "flatten", "dense:4", "elu", "dense:4", "silu", "dense:4", "softplus"], [(4,), (4,), (4,)]),
 ], ids=lambda v: "-".join(v) if isinstance(v[0], str) else "")
@@ -439,7 +440,8 @@ def test_stacks(layers, shapes):
 @pytest.mark.parametrize("token, says", [
     ("conv:8:3:0:1", "conv:CHANNELS:KERNEL"), ("conv:0:3", "conv:CHANNELS"), ("conv:0:3:1:0", "conv:CHANNELS"),
     ("conv:8:0:1:0", "conv:CHANNELS"), ("conv:8", "conv:CHANNELS"), ("conv", "conv:CHANNELS"), ("conv:8:3:1:-1", "conv:CHANNELS"),
-    ("conv:8:3:1:0:2", "conv:CHANNELS"), ("conv:a:3", "conv:CHANNELS"), ("conv:8:3.5", "conv:CHANNELS"), ("conv::3", "conv:CHANNELS"),
+    ("conv:8:3:1:0:0", "conv:CHANNELS"), ("conv:8:3:1:0:2:1", "conv:CHANNELS"), ("conv:8:3:1:0:2", "2 groups do not divide 3"),
+    ("conv:a:3", "conv:CHANNELS"), ("conv:8:3.5", "conv:CHANNELS"), ("conv::3", "conv:CHANNELS"),
     ("maxpool", "maxpool:SIZE"), ("maxpool:0", "maxpool:SIZE"), ("maxpool:2:0", "maxpool:SIZE"), ("maxpool:2:2:2", "maxpool:SIZE"),
     ("avgpool:x", "avgpool:SIZE"), ("flatten:2", "flatten"), ("relu:2", "must be written relu"), ("tanh:1:1", "must be written tanh"),
     ("norm", "norm:batch"), ("norm:group", "norm:batch"), ("norm:2", "norm:batch"), ("norm:batch:2", "norm:batch"),

@@ -273,8 +273,8 @@ def test_a_stopped_sweep_lets_its_trial_finish(trial, how, code, tmp_path):
 def test_the_matrix_says_who_trains_what_and_why_not():
     from lbp.launch.matrix import lines, matrix
 
-    found, algos, archs = matrix()
-    assert all(found["bp", arch] is None for arch in archs) and {"dfa", "random_readout"} <= set(algos)
-    assert "ResidualUnit" in found["ldrl", "resnet20"]
-    shown = lines()
+    archs = registry.options("arch")
+    found = matrix(["bp", "ldrl"])     # test_contracts tries all of them
+    assert all(found["bp", arch] is None for arch in archs) and "ResidualUnit" in found["ldrl", "resnet20"]
+    shown = lines(["ldrl", "random_readout"])
     assert len(shown[0].split()) == len(archs) and any(line.startswith("ldrl with resnet20: ") for line in shown)

@@ -381,7 +381,8 @@ def test_with_the_weights_as_feedback_weight_mirrors_are_backprop():
 @pytest.mark.parametrize("name", FAMILY)
 def test_the_family_trains_the_usual_networks(name, arch, bf16):
     option, knobs = ("torchvision", {"model": "resnet18"}) if "torchvision" in arch else (arch, {})
-    task = task_of(name, in_shape_of(option), torch.float32)
+    # 32 pixels: torch's own bf16 convolution with stride 2 leaves weight gradients of a 1x1 map unwritten on a CPU
+    task = task_of(name, (3, 32, 32) if knobs else in_shape_of(option), torch.float32)
     try:
         rule = build_algo(defaults("algo", name), small(option, task, name, **knobs), task)
     except Refused as refused:

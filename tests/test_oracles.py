@@ -496,9 +496,8 @@ def test_local_heads_see_maps_pooled_to_at_most_so_many_values():
     x, _ = batch(task)
     h = network.blocks["conv1"](x)
     linear = next(m for m in rule.heads["conv1"].modules() if isinstance(m, nn.Linear))
-    side = math.isqrt(50 // 4)      # 4 channels of 3x3 are 36 values, of 4x4 64
-    assert linear.in_features == 4 * side * side
-    torch.testing.assert_close(rule.heads["conv1"](h), linear(F.adaptive_avg_pool2d(h, side).flatten(1)))
+    assert linear.in_features == 4 * 2 * 4      # rows, then columns halved: 4x7 are 112 values, 4x4 64, 2x4 32
+    torch.testing.assert_close(rule.heads["conv1"](h), linear(F.adaptive_avg_pool2d(h, (2, 4)).flatten(1)))
 
 
 @pytest.mark.parametrize("kind", ["dense", "stride, padding"])

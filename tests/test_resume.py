@@ -208,7 +208,7 @@ def stop_and_resume(moment, places, algo, *more):
 
 def taken(algo):
     """What of dropout and batch norm the rule trains with, and the knobs that make its phases short."""
-    short = ("algo.feedback_epochs=1",) if algo == "ldrl" else ()
+    short = {"ldrl": ("algo.feedback_epochs=1",), "scff": ("algo.feature_epochs=[1,0]",)}.get(algo, ())
     for more in (("arch.dropout=0.3", "arch.norm=batch"), ("arch.dropout=0.3",), ("arch.norm=batch",), ()):
         if command("train", "--dry-run", *settings(algo, *more, *short)) == 0:
             return more + short

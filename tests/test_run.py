@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -237,15 +238,35 @@ def test_feedback_alignment_is_measured_a_layer_and_in_total():
     assert "feedback_alignment_deg" not in lbp.run(*QUICK, "algo=local").summary["total"]
 
 
+@pytest.fixture(scope="session")
+def cifar10(tmp_path_factory):
+    """Noise in CIFAR-10's files, fewer images of it."""
+    root = tmp_path_factory.mktemp("cifar10")
+    folder = root / "cifar-10-batches-bin"
+    folder.mkdir()
+    for part in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        records = np.random.default_rng(0).integers(0, 256, (100, 3073), np.uint8)
+        records[:, 0] %= 10
+        (folder / f"{part}.bin").write_bytes(records.tobytes())
+    (folder / "batches.meta.txt").write_text("".join(f"c{i}\n" for i in range(10)))
+    return root
+
+
 @pytest.mark.parametrize("name", registry.options("experiment"))
-def test_every_experiment_composes_and_runs_two_steps(name):
+def test_every_experiment_composes_and_runs_two_steps(name, cifar10):
     config = compose([f"experiment={name}"])
     assert config.options["experiment"] == name
-    batch = config.values["trainer"]["batch_size"]
-    root = real_root("MNIST/raw") if config.options["dataset"] == "mnist" else None
-    result = lbp.run(f"experiment={name}", f"dataset.train_size={2 * batch}", "trainer.epochs=1", "logger.console=off",
-                     *([f"dataset.root='{root}'"] if root else []))
-    assert result.summary["steps"] == 2
+    batch = min(config.values["trainer"]["batch_size"], 32)     # two steps of fewer, for their time
+    data = config.options["dataset"]
+    root = real_root("MNIST/raw") if data == "mnist" else cifar10 if data == "cifar10" else None
+    small = {"vgg8b": ["arch.width=0.0625"],     # at their widths a step takes half a minute
+             "stack": ["arch.layers=['conv:4:3:2', relu, 'conv:4:3:2', relu, flatten]"]}.get(config.options["arch"], [])
+    if "stop" in config.values["algo"]:     # cwc's, an epoch for each of its blocks
+        small = []
+    result = lbp.run(f"experiment={name}", f"dataset.train_size={2 * batch}", f"trainer.batch_size={batch}", "trainer.epochs=1",
+                     "logger.console=off", *small,
+                     *([f"dataset.root='{root}'"] if root else []), *(["dataset.val_size=0"] if data == "cifar10" else []))
+    assert result.summary["steps"] == 2 * result.summary["epochs"]      # of rules with stages an epoch each
 
 
 def test_an_interrupted_run_says_so(tmp_path):

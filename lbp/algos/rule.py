@@ -47,12 +47,13 @@ class Learned:
 class Phase:
     """A stretch of training. Either `learn(x, y, apply)` batch by batch for `epochs` (None: the trainer's), or
     `fit(batches)` once, where `batches(rows)` starts a pass over the training data, so many rows at a time, in order and
-    to the last sample."""
+    to the last sample. `restart`: whether the schedule of the learning rate begins anew, over this phase's own epochs."""
 
     name: str
     learn: Callable[[Tensor, Tensor, Callable], Learned] | None = None
     fit: Callable[[Batches], None] | None = None
     epochs: int | None = None
+    restart: bool = False
 
 
 class LearningRule(nn.Module):

@@ -11,13 +11,13 @@ from lbp.archs.network import ACTIVATIONS, Network, activation, norm
 from lbp.errors import ConfigError, Refused
 
 TOKENS = {
-    "dense": "dense:UNITS", "conv": "conv:CHANNELS:KERNEL[:STRIDE[:PADDING]]", "flatten": "flatten",
+    "dense": "dense:UNITS", "conv": "conv:CHANNELS:KERNEL[:STRIDE[:PADDING[:GROUPS]]]", "flatten": "flatten",
     "maxpool": "maxpool:SIZE[:STRIDE]", "avgpool": "avgpool:SIZE[:STRIDE]", "norm": "norm:batch|layer|instance",
     "dropout": "dropout:RATE", **{name: name for name in ACTIVATIONS if name != "none"},
 }
 COUNT = "[1-9][0-9]*"
 PATTERNS = {  # what follows the name; nothing where there is no entry
-    "dense": COUNT, "conv": f"{COUNT}:{COUNT}(:{COUNT}(:[0-9]+)?)?", "maxpool": f"{COUNT}(:{COUNT})?",
+    "dense": COUNT, "conv": f"{COUNT}:{COUNT}(:{COUNT}(:[0-9]+(:{COUNT})?)?)?", "maxpool": f"{COUNT}(:{COUNT})?",
     "avgpool": f"{COUNT}(:{COUNT})?", "norm": "batch|layer|instance", "dropout": r"0?\.[0-9]+|0",
 }
 
@@ -25,7 +25,7 @@ PATTERNS = {  # what follows the name; nothing where there is no entry
 def stack(task, *, layers: list[str], init: str, init_scale: float) -> Network:
     """A network typed as tokens, from input to the last hidden layer; the head is added.
 
-    Tokens: dense:UNITS, conv:CHANNELS:KERNEL[:STRIDE[:PADDING]] (no padding by default), maxpool:SIZE[:STRIDE],
+    Tokens: dense:UNITS, conv:CHANNELS:KERNEL[:STRIDE[:PADDING[:GROUPS]]] (no padding by default), maxpool:SIZE[:STRIDE],
     avgpool:SIZE[:STRIDE], flatten, norm:batch|layer|instance, dropout:RATE, and the activations.
     A dense layer on images flattens them only where the tokens say so. Raises ConfigError for a token that
     is none, Refused for tokens that do not fit the shape that reaches them.
@@ -69,8 +69,10 @@ def _module(token: str, shape: tuple[int, ...]) -> tuple[nn.Module, tuple[int, .
     if len(shape) != 3:
         raise Refused(f"{name} takes maps (channels, height, width), not inputs of shape {shape}")
     if name == "conv":
-        kernel, stride, padding = (*more, *(1, 0)[len(more) - 1:])
-        module, channels = nn.Conv2d(shape[0], size, kernel, stride, padding), size
+        kernel, stride, padding, groups = (*more, *(1, 0, 1)[len(more) - 1:])
+        if shape[0] % groups or size % groups:
+            raise Refused(f"{groups} groups do not divide {shape[0]} channels into {size}")
+        module, channels = nn.Conv2d(shape[0], size, kernel, stride, padding, groups=groups), size
     else:
         kernel, stride, padding, channels = size, more[0] if more else size, 0, shape[0]
         module = (nn.MaxPool2d if name == "maxpool" else nn.AvgPool2d)(kernel, stride)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from lbp import registry
@@ -12,10 +14,9 @@ from lbp.training.apply import Apply
 from lbp.training.setup import build_algo, build_arch
 
 
-def matrix() -> tuple[dict[tuple[str, str], str | None], list[str], list[str]]:
-    """{(algo, arch): None if it learns a batch of two images, else why it is refused}, the algos, the archs."""
-    algos, archs = list(registry.options("algo")), list(registry.options("arch"))
-    return {(algo, arch): _refusal(algo, arch) for algo in algos for arch in archs}, algos, archs
+def matrix(algos: Iterable[str] | None = None) -> dict[tuple[str, str], str | None]:
+    """{(algo, arch): None if it learns a batch of two images, else why it is refused}, of these algos or all."""
+    return {(algo, arch): _refusal(algo, arch) for algo in algos or registry.options("algo") for arch in registry.options("arch")}
 
 
 def _refusal(algo: str, arch: str) -> str | None:
@@ -42,9 +43,10 @@ def _refusal(algo: str, arch: str) -> str | None:
     return None
 
 
-def lines() -> list[str]:
+def lines(algos: Iterable[str] | None = None) -> list[str]:
     """The table for the terminal, and each reason once."""
-    found, algos, archs = matrix()
+    found = matrix(algos)
+    algos, archs = (list(dict.fromkeys(names)) for names in zip(*found))
     width = max(map(len, algos))
     rows = [" " * width + "  " + "  ".join(archs)]
     for algo in algos:

@@ -33,6 +33,7 @@ class Apply:
         self.groups, self.optimizers, self.clip = groups, optimizers, clip
         self.count = 1
         self.observe = None
+        self.tested = False     # since the last batch
         self.still: bool | None = None
         self.base = {name: [g["lr"] for g in o.param_groups] for name, o in optimizers.items()}
 
@@ -42,6 +43,7 @@ class Apply:
             return
         tested = moving[0].new_zeros(()) if loss is None else loss.detach().sum().to(moving[0].dtype)
         ranks.total([*(p.grad for p in moving), tested])
+        self.tested = True
         # A sum is finite where its terms are, and takes one pass; all of them are read back at once.
         *sums, loss_sum = torch.stack([*(p.grad.sum() for p in moving), tested]).tolist()
         self._guard(group, "loss", loss_sum)
@@ -70,9 +72,14 @@ class Apply:
                 settings["lr"] = base * factor
 
     def finish(self, loss: Tensor) -> None:
-        """Steps every group that still has gradients: the end of a batch."""
+        """Steps every group that still has gradients: the end of a batch. A batch in which none ever had one is tested too."""
         for group in self.groups:
             self(group, loss)
+        if not self.tested:
+            total = loss.detach().sum()
+            ranks.total([total])
+            self._guard(next(iter(self.groups), "forward"), "loss", total)
+        self.tested = False
 
     def clear(self) -> None:
         for parameters in self.groups.values():

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from torch.nn import Module
+
 from lbp import ranks
-from lbp.archs.network import Network
+from lbp.archs.network import NORMS, Network
 from lbp.datasets.data import Split
 from lbp.errors import Diverged
 from lbp.training.checkpoint import load
@@ -14,10 +16,12 @@ from lbp.training.progress import Progress
 
 
 class Statistics:
-    """The running statistics of a network's norms, which a mere forward pass moves."""
+    """The running statistics of a network's norms, and of those that a rule has beside it, which a mere forward pass moves."""
 
-    def __init__(self, network: Network):
-        self.buffers = [b for b in network.buffers() if b.is_floating_point()]
+    def __init__(self, network: Network, rule: Module):
+        norms = [m for m in rule.modules() if isinstance(m, NORMS)]
+        buffers = {id(b): b for module in (network, *norms) for b in module.buffers() if b.is_floating_point()}
+        self.buffers = list(buffers.values())
 
     def keep(self) -> None:
         self.kept = [b.clone() for b in self.buffers]

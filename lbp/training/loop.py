@@ -40,7 +40,7 @@ class Loop:
         self.data, self.rule, self.apply, self.env = experiment.data, experiment.rule, experiment.apply, experiment.environment
         self.task, self.trainer, self.metrics = self.data.task, experiment.values["trainer"], experiment.values["metrics"]
         self.progress, self.measure = Progress(experiment, log, folder), Measure(self.rule, self.task, not self.trainer["compile"])
-        self.state, self.statistics = self.progress.state, Statistics(experiment.network)
+        self.state, self.statistics = self.progress.state, Statistics(experiment.network, self.rule)
         self.phases = [(phase, epochs_of(phase, self.trainer)) for phase in self.rule.phases()]
         self.total_steps = self.data.train.steps * sum(epochs for phase, epochs in self.phases if not phase.fit)
         self.factor = schedule(experiment.values["schedule"], self.data.train.steps, self.total_steps)
@@ -79,6 +79,14 @@ class Loop:
     def enough(self) -> bool:
         return self.progress.late or bool(self.trainer["patience"]) and self.state.without_gain >= self.trainer["patience"]
 
+    def rate(self, phase: Phase, back: int = 0) -> float:
+        """The factor on the learning rates at this step, or so many steps before it."""
+        steps, state = self.data.train.steps, self.state
+        if not phase.restart:
+            return self.factor(state.step - back)
+        own = schedule(self.experiment.values["schedule"], steps, steps * epochs_of(phase, self.trainer))
+        return own(state.phase_epoch * steps + state.batch - back)
+
     def learn(self, phase: Phase) -> None:
         """The batches of an epoch that are still to come."""
         from torch.utils.flop_counter import FlopCounterMode  # here: importing it costs a second, which is no step's time
@@ -101,7 +109,7 @@ class Loop:
             first = state.step == 0
             # A compiled block runs no operation that could be counted.
             counter = FlopCounterMode(display=False) if first and not self.trainer["compile"] else nullcontext()
-            apply.learning_rates(self.factor(state.step))
+            apply.learning_rates(self.rate(phase))
             self.statistics.keep()
             try:
                 with counter, env.autocast(), watching:
@@ -176,7 +184,7 @@ class Loop:
             raise
         if not phase.fit:
             state.train = state.means(self.task)
-            values = {"samples_per_s": state.targets / state.epoch_s, "learning_rate_factor": self.factor(state.step - 1),
+            values = {"samples_per_s": state.targets / state.epoch_s, "learning_rate_factor": self.rate(phase, back=1),
                       **means(state.measured)}
             if self.apply.still:
                 self.progress.warn("still", "every gradient of this epoch was exactly zero: nothing is learned (dead units, or "

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ALGOS, CLASSES, Log, build, configuration, dense, make_task, prefers, regression, stepper
+from conftest import ALGOS, CLASSES, Log, build, configuration, dense, make_task, stepper
 
 import lbp
 from lbp import ranks, registry

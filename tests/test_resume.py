@@ -17,12 +17,11 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ALGOS, prefers
+from conftest import ALGOS
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 from kill_test import STEPS, TINY, armed, fingerprint, sha

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from data_fixtures import real_root
+from data_fixtures import write_mnist
 
 import lbp
 from lbp import registry
@@ -239,13 +239,14 @@ def test_feedback_alignment_is_measured_a_layer_and_in_total():
 
 
 @pytest.fixture(scope="session")
-def cifar10(tmp_path_factory):
-    """Noise in CIFAR-10's files, fewer images of it."""
-    root = tmp_path_factory.mktemp("cifar10")
+def noise(tmp_path_factory):
+    """Noise in the files of MNIST and CIFAR-10, fewer images of it."""
+    root = tmp_path_factory.mktemp("noise")
+    write_mnist(root, 300, 50)
     folder = root / "cifar-10-batches-bin"
     folder.mkdir()
     for part in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
-        records = np.random.default_rng(0).integers(0, 256, (100, 3073), np.uint8)
+        records = np.random.default_rng(0).integers(0, 256, (60, 3073), np.uint8)
         records[:, 0] %= 10
         (folder / f"{part}.bin").write_bytes(records.tobytes())
     (folder / "batches.meta.txt").write_text("".join(f"c{i}\n" for i in range(10)))
@@ -253,19 +254,17 @@ def cifar10(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", registry.options("experiment"))
-def test_every_experiment_composes_and_runs_two_steps(name, cifar10):
+def test_every_experiment_composes_and_runs_two_steps(name, noise):
     config = compose([f"experiment={name}"])
     assert config.options["experiment"] == name
     batch = min(config.values["trainer"]["batch_size"], 32)     # two steps of fewer, for their time
-    data = config.options["dataset"]
-    root = real_root("MNIST/raw") if data == "mnist" else cifar10 if data == "cifar10" else None
+    data = [f"dataset.root='{noise}'", "dataset.val_size=0"] if config.options["dataset"] in ("mnist", "cifar10") else []
     small = {"vgg8b": ["arch.width=0.0625"],     # at their widths a step takes half a minute
              "stack": ["arch.layers=['conv:4:3:2', relu, 'conv:4:3:2', relu, flatten]"]}.get(config.options["arch"], [])
     if "stop" in config.values["algo"]:     # cwc's, an epoch for each of its blocks
         small = []
     result = lbp.run(f"experiment={name}", f"dataset.train_size={2 * batch}", f"trainer.batch_size={batch}", "trainer.epochs=1",
-                     "logger.console=off", *small,
-                     *([f"dataset.root='{root}'"] if root else []), *(["dataset.val_size=0"] if data == "cifar10" else []))
+                     "logger.console=off", *small, *data)
     assert result.summary["steps"] == 2 * result.summary["epochs"]      # of rules with stages an epoch each
 
 

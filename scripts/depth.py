@@ -1,0 +1,41 @@
+"""Accuracy over depth: rules on MNIST with more and more hidden layers, and the plot of it.
+
+    LBP_DATA=... python scripts/depth.py [--depths 2,4,8,16,32] [--width 256] [--epochs 3] [--seeds 1] [--plot depth.png] [RULE ...]
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+
+import lbp
+from lbp.report.plots import curves
+
+RULES = ("bp", "dfa", "sigprop", "predsim", "forward_forward", "shallow")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rules", nargs="*", default=RULES)
+    parser.add_argument("--depths", default="2,4,8,16,32")
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    depths = [int(depth) for depth in args.depths.split(",")]
+    found = {}
+    print("| rule | " + " | ".join(f"{depth} hidden layers" for depth in depths) + " |\n| --- |" + " --- |" * len(depths))
+    for rule in args.rules:
+        found[rule] = []
+        for depth in depths:
+            runs = [lbp.run(f"algo={rule}", "dataset=mnist", f"arch.widths=[{','.join([str(args.width)] * depth)}]", f"seed={seed}",
+                            f"trainer.epochs={args.epochs}", "metrics.every=0", "logger.console=off") for seed in range(args.seeds)]
+            found[rule].append(100 * statistics.mean(run.summary["test_accuracy"] for run in runs))
+        print(f"| {rule} | " + " | ".join(f"{value:.1f}" for value in found[rule]) + " |", flush=True)
+    if args.plot:
+        curves(args.plot, {rule: (depths, values) for rule, values in found.items()}, "hidden layers", "test accuracy, %",
+               log=(True, False))
+
+
+if __name__ == "__main__":
+    main()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lbp import interrupt, ranks
 from lbp.algos.rule import Learned, Phase
-from lbp.errors import Diverged
+from lbp.errors import ConfigError, Diverged
 from lbp.metrics.measure import Measure, add_up, means
 from lbp.training.environment import seed_all
 from lbp.training.guards import Statistics, forget, leave_out
@@ -47,6 +47,10 @@ class Loop:
         seed_all(experiment.values["seed"], f"training {ranks.rank()}" if ranks.rank() else "training")
         if content:
             self.progress.restore(content)
+            past = sum(epochs for _, epochs in self.phases[: self.state.phase])
+            if past + self.state.phase_epoch != self.state.epoch and not self.trainer["patience"]:
+                raise ConfigError(f"trainer.epochs={self.trainer['epochs']}: phases of this run are over after another number of epochs; "
+                                  "they cannot be lengthened, so start a new run")
             if ranks.rank() == 0:
                 forget(folder, self.state.step)
 

@@ -112,6 +112,8 @@ def compile_blocks(network: Network) -> None:
     if not torch.cuda.is_available() and not any(map(shutil.which, ("cc", "gcc", "g++", "clang", "clang++", "cl"))):
         raise Refused("trainer.compile=true: torch.compile needs a C++ compiler on a CPU and none is on the PATH; "
                       "install one (Debian: apt install g++) or leave trainer.compile out")
+    # Blocks of one class share their code; after 8 variants of it torch would run the rest as they are, without a word.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(network.blocks))
     for block in network.blocks.values():
         block.compile()
 

@@ -69,5 +69,4 @@ def redraw(size: torch.Tensor, init: str, scale: float, generator: torch.Generat
         return
     words = torch.empty(-(-size.numel() // 8), dtype=torch.int64).random_(-(2**63), None, generator=generator)
     steps = words.view(torch.uint8)[: size.numel()].view(size.shape).to(size.device)
-    step = math.sqrt(3) * spread(size, init, scale) / 256
-    torch.add(size.new_tensor(step / 2), steps, alpha=step, out=size)
+    size.copy_(steps).add_(0.5).mul_(math.sqrt(3) * spread(size, init, scale) / 256)    # one expression of two types is slow

@@ -210,6 +210,12 @@ def matrices(network: Network, projections: dict[str, Projection], init: str, sc
     return {name: draw(weight.new_empty(len(weight), projection.columns), init, scale) for name, projection in projections.items()}
 
 
+def beside_the_head(network: Network, matrix: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """The last hidden block's matrix with the weights that it stands for, which are known of that block alone: the head's."""
+    weight = network.head.weight
+    return {list(network.hidden)[-1]: (weight, matrix)} if matrix.shape == weight.shape else {}
+
+
 def teach(h: Tensor, signal: Tensor) -> None:
     """Backpropagates `signal`, as the gradient at the block output `h`, into its block, and drops the graph."""
     h.backward(signal.to(h.dtype))

@@ -42,7 +42,4 @@ class DFA(LearningRule):
         return learned
 
     def feedback(self):
-        # The weights that stand where a projection stands are known for the last hidden block only: the head's.
-        last = list(self.network.hidden)[-1]
-        matrix, weight = self.matrix(last), self.network.head.weight
-        return {last: (weight, matrix)} if matrix.shape == weight.shape else {}
+        return ops.beside_the_head(self.network, self.matrix(list(self.network.hidden)[-1]))

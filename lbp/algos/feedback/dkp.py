@@ -37,7 +37,4 @@ class DKP(LearningRule):
         return learned
 
     def feedback(self):
-        # The weights that stand where a matrix stands are known for the last hidden block only: the head's.
-        last = list(self.network.hidden)[-1]
-        matrix, weight = self.matrices[last], self.network.head.weight
-        return {last: (weight, matrix)} if matrix.shape == weight.shape else {}
+        return ops.beside_the_head(self.network, self.matrices[list(self.network.hidden)[-1]])

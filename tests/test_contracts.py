@@ -324,6 +324,42 @@ def test_update_locked(name):
     assert changes_with(rule, x, y, above(rule, "fc1", head=True)) == rule.facts.update_locked
 
 
+UNLOCKED = [name for name in LEARNERS if not registry.entry("algo", registry.option("algo", name).name).facts["update_locked"]]
+
+
+@pytest.mark.parametrize("unlocked", UNLOCKED)
+def test_blocks_that_wait_for_nothing_learn_before_the_next_one_runs(unlocked):
+    """The order of events: when a block first sees a batch, the block below has learned from it. (The joint schedule, which is faster
+    where memory is no matter, leaves that aside: the same updates, all at the end.)"""
+    streaming = {"schedule": "streaming"} if "schedule" in defaults("algo", unlocked) else {}
+    rule, x, y = ready(unlocked, **streaming)
+    blocks, start, met, taught = rule.network.blocks, tensors(rule), {}, False
+
+    def has_learned(block):
+        return any(p.grad is not None or not torch.equal(p, start[f"network.blocks.{block}.{n}"]) for n, p in blocks[block].named_parameters())
+
+    def note(below):
+        def first_run(module, args):
+            met.setdefault(below, has_learned(below))
+        return first_run
+
+    if not hidden_updates(rule, x, y):
+        pytest.skip(f"{unlocked} teaches no hidden block")
+    for below, above in zip(blocks, list(blocks)[1:]):
+        blocks[above].register_forward_pre_hook(note(below))
+    train(rule, [(x, y)])     # classifiers that begin at 0 teach nothing yet
+    for phase in rule.phases():
+        start, apply = tensors(rule), stepper(rule)
+        met.clear()
+        rule.train()
+        phase.learn(x, y, apply)
+        learns = [block for block in rule.network.hidden if has_learned(block)]
+        taught = taught or bool(learns)
+        assert all(met.get(block, True) for block in learns), met
+        apply.finish(torch.zeros(()))
+    assert taught
+
+
 # A unit's incoming weights times c and outgoing weights over c leave the network as it was, to the bit.
 ALIKE = {"relu": 4.0, "tanh": -1.0}     # tanh is odd: what sends down the weights' signs alone is found by it
 

@@ -67,23 +67,23 @@ class SoftHebb(LearningRule):
         return self._learn(x, y, False, True)
 
     def _learn(self, x, y, features: bool, readout: bool):
-        found = {} if features else None
+        found, count = {} if features else None, self.task.count(y)
         with torch.no_grad(), ops.full_precision(x):
-            h = self.features(x, found)
+            h = self.features(x, found, count)
             statistics = batch_statistics(h, -1) if self.readout_norm == "unit" else ()
             h = normalised(h, -1, *statistics)
         out = self.network.head(F.dropout(h, self.readout_dropout if readout else 0.0))
         loss = self.task.loss(out, y)
         if readout:
             loss.sum().backward()
-        self._keep(found or {}, statistics, self.task.count(y), loss)
+        self._keep(found or {}, statistics, loss)
         blocks = {name: {"norm_gap": (norms(self.network.blocks[name].linear.weight) - 1).abs().mean(), "winner_share": winner}
-                  for name, (_, winner, *_) in (found or {}).items()}
+                  for name, (winner, *_) in (found or {}).items()}
         return Learned(out.detach(), loss.detach(), blocks)
 
-    def features(self, x: Tensor, found: dict | None = None) -> Tensor:
-        """What the head reads. With `found`, statistics are those of the batch, and it receives for each block the change
-        of its weights, the winner's mean share, and the statistics."""
+    def features(self, x: Tensor, found: dict | None = None, count: int = 0) -> Tensor:
+        """What the head reads. With `found`, statistics are those of the batch, each block's change is left in its `.grad` (times
+        `count`, as it is no sum) before the next one runs, and `found` receives the winner's mean share and the statistics."""
         for name, layer in self.network.hidden.items():
             x, axis, statistics = ops.at_least_fp32(layer.flatten(x)), unit_axis(layer), ()
             if hasattr(self, f"mean_{name}"):
@@ -98,26 +98,24 @@ class SoftHebb(LearningRule):
                 y = soft_winner_take_all(u.detach(), self.inverse_temperature[name], axis)
                 change = hebbian_change(u, y, layer.linear.weight, layer.linear.bias, axis)
                 ops.over_ranks(change)
-                found[name] = change, y.amax(axis).mean(), *statistics
+                weight = layer.linear.weight
+                rate = self.rates[name] * ((norms(weight) - 1).abs() + 1e-10) ** self.rate_power
+                weight.grad = change / change.abs().amax().clamp(min=1e-30) * along(rate, weight, 0) * -count
+                found[name] = y.amax(axis).mean(), *statistics
                 u = u.detach()
             h = layer.activate(triangle(ops.at_least_fp32(u), axis))
             x = layer.pool(h if self.power[name] == 1 else h.sign() * h.abs() ** self.power[name])
         return x
 
     @torch.no_grad()
-    def _keep(self, found: dict, of_features: tuple, count: int, loss: Tensor) -> None:
-        """Changes into .grad, times `count` since they are no sums; statistics into the running ones, unless the batch will
-        be refused."""
+    def _keep(self, found: dict, of_features: tuple, loss: Tensor) -> None:
+        """Statistics into the running ones, unless the batch will be refused."""
         finite = ops.all_finite(loss) > 0
-        kept = {name: statistics for name, (_, _, *statistics) in found.items()}
+        kept = {name: statistics for name, (_, *statistics) in found.items()}
         for name, statistics in {**kept, "head": of_features}.items():
             for kind, new in zip(("mean", "var"), statistics):
                 running = getattr(self, f"{kind}_{name}")
                 running.copy_(torch.where(finite, torch.lerp(running, new.to(running.dtype), MOMENTUM), running))
-        for name, (change, *_) in found.items():
-            weight = self.network.blocks[name].linear.weight
-            rate = self.rates[name] * ((norms(weight) - 1).abs() + 1e-10) ** self.rate_power
-            weight.grad = change / change.abs().amax().clamp(min=1e-30) * along(rate, weight, 0) * -count
 
     def predict(self, x):
         statistics = (self.mean_head, self.var_head) if self.readout_norm == "unit" else ()

@@ -1,5 +1,7 @@
 """Local losses against hand computations and plain autograd, in float64: prediction, similarity, greedy stages."""
 
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,6 +89,16 @@ def test_streaming_steps_a_block_before_the_next_one_runs(name):
     x, y = batch(make_task())
     rule.learn(x, y, lambda group, loss=None: events.append(group))
     assert events == ["run fc1", "forward", "heads", "run fc2", "forward", "heads", "run fc3", "forward", "heads", "run head"]
+
+
+@pytest.mark.parametrize("rule", ["local", "predsim", "sigprop"])
+def test_memory_does_not_grow_with_depth_where_blocks_are_streamed(rule):
+    """As `scripts/bench_memory.py` counts it: all that lives at a step's peak beside parameters, gradients and optimizer state."""
+    script = runpy.run_path(str(Path(__file__).parents[1] / "scripts/bench_memory.py"))
+    few, many = (script["peak"]([f"algo={rule}", "algo.schedule=streaming"], depth, 32, 64) for depth in (4, 24))
+    joint = script["peak"]([f"algo={rule}", "algo.schedule=joint"], 24, 32, 64)
+    block = 64 * 32 * 4    # bytes of an activation
+    assert many < few + block < joint - 8 * block
 
 
 # ---- prediction

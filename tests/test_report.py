@@ -20,6 +20,7 @@ from lbp import cli
 from lbp.errors import ConfigError
 from lbp.report import compare as comparing, runs as reading, tables
 from lbp.report.complete import SCRIPTS
+from lbp.report.plots import curves
 
 ROOT = Path(lbp.__file__).parents[1]
 BASH = shutil.which("bash")
@@ -461,3 +462,21 @@ def test_scripts_are_scripts(shell, capsys):
                                  timeout=60, check=False)
         assert checked.returncode == 0 and checked.stderr == "", checked.stderr
     assert cli.main(["completion", "tcsh"]) == 2
+
+
+def test_curves_are_drawn_on_the_axes_that_are_asked_for(tmp_path):
+    pytest.importorskip("matplotlib")
+    drawn = set()
+    for log in ((False, False), (True, True)):
+        curves(tmp_path / "plot.png", {"a": ([1, 2, 4], [1.0, 2.0, 4.0]), "b": ([1, 4], [3.0, 1.0])}, "depth", "MiB", log=log)
+        data = (tmp_path / "plot.png").read_bytes()
+        assert data.startswith(b"\x89PNG")
+        drawn.add(data)
+    assert len(drawn) == 2
+
+
+def test_without_matplotlib_a_plot_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ConfigError, match="pip install matplotlib"):
+        curves(tmp_path / "plot.png", {"a": ([1], [1.0])}, "x", "y")
+    assert not list(tmp_path.iterdir())

@@ -300,6 +300,21 @@ def option(group: str, name: str) -> knobs.Option:
     return _option(group, name, roots())
 
 
+def defaults(group: str, name: str) -> dict[str, Any]:
+    """An option's knobs with their defaults, nested, and the `name` of its class."""
+    import yaml
+
+    found = option(group, name)
+    values = {"name": found.name or name}
+    for key, knob in found.knobs.items():
+        *above, last = key.split(".")
+        place = values
+        for part in above:
+            place = place.setdefault(part, {})
+        place[last] = {} if knob.default == "{...}" else yaml.safe_load(knob.default)
+    return values
+
+
 @lru_cache(maxsize=None)
 def main() -> knobs.Option:
     """conf/config.yaml."""

@@ -19,6 +19,7 @@ from lbp import registry
 from lbp.archs.network import Layer, Network
 from lbp.datasets.data import Arrays
 from lbp.datasets.task import Task
+from lbp.registry import defaults
 from lbp.training.apply import Apply
 from lbp.training.optim import make_optimizers
 
@@ -42,19 +43,6 @@ def seeded():
 
 
 # ---- configuration
-
-def defaults(group, option):
-    """The option's knobs as Hydra would give them, nested, with `name`."""
-    found = registry.option(group, option)
-    values = {"name": found.name or option}
-    for key, knob in found.knobs.items():
-        *above, last = key.split(".")
-        place = values
-        for part in above:
-            place = place.setdefault(part, {})
-        place[last] = {} if knob.default == "{...}" else yaml.safe_load(knob.default)
-    return values
-
 
 def prefers(algo):
     """What the algo's YAML chooses for other groups: {"dataset.loss": "mse", ...}."""

@@ -1,11 +1,12 @@
 """Networks: blocks that compose to the bit, shapes found without a trace, and the refusals of every arch."""
 
 import inspect
+import math
 import sys
 
 import pytest
 import torch
-from conftest import ARCHS, CLASSES, defaults, make_task, tensors
+from conftest import ARCHS, CLASSES, batch, build, defaults, learned, make_task, tensors
 from torch import nn
 
 from lbp import registry
@@ -122,6 +123,68 @@ def test_activations_are_what_they_are_called(name):
     expected = {"relu": x.clamp(min=0), "tanh": torch.tanh(x), "sigmoid": 1 / (1 + (-x).exp()), "hardtanh": x.clamp(-1, 1),
                 "softplus": (1 + x.exp()).log(), "none": x}[name]
     torch.testing.assert_close(ACTIVATIONS[name]()(x), expected)
+
+
+# what a hard activation gives for X, and the slope that the straight-through one pretends
+X = [-1.5, -.5, 0.0, .5, 1.5]
+P = [1 / (1 + math.exp(-x)) for x in X]
+SOFT = [math.exp(x) / sum(math.exp(z) for z in X) for x in X]
+HARD = {"sign": ([-1, -1, 1, 1, 1], [0, 1, 1, 1, 0]), "step": ([0, 0, 1, 1, 1], [0, 1, 1, 1, 0]),
+        "bernoulli": ([0, 0, 1, 1, 1], [p * (1 - p) for p in P]), "argmax": ([0, 0, 0, 0, 1], [-s * SOFT[-1] for s in SOFT[:-1]] + [SOFT[-1] * (1 - SOFT[-1])])}
+
+
+@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("ste", ["", "_ste"])
+def test_hard_activations_and_their_straight_through_derivatives(name, ste):
+    """Of the last unit's output for argmax, which is a softmax straight through; else of each unit's own."""
+    module = ACTIVATIONS[name + ste]().eval()
+    x = torch.tensor([X], dtype=torch.float64, requires_grad=True)
+    out = module(x)
+    values, slopes = (torch.tensor([v], dtype=torch.float64) for v in HARD[name])
+    assert torch.equal(out, values)
+    (out[0, -1] if name == "argmax" else out.sum()).backward()
+    torch.testing.assert_close(x.grad, slopes if ste else torch.zeros_like(x))
+
+
+def test_a_bernoulli_unit_fires_with_its_probability():
+    module = ACTIVATIONS["bernoulli"]()
+    x = torch.tensor(X).expand(20_000, -1)
+    found = module(x)
+    assert set(found.unique().tolist()) == {0.0, 1.0}
+    torch.testing.assert_close(found.mean(0), torch.tensor(P), rtol=0, atol=.02)
+
+
+def test_what_is_transmitted_is_hard_while_the_layer_keeps_its_own_values():
+    network = make("mlp", widths=[9, 8, 7], activation="tanh", transmit="sign")
+    x = torch.randn(4, *network.in_shape)
+    h = network.blocks["fc1"](x)
+    assert len(h.unique()) > 2
+    layer = network.blocks["fc2"]
+    assert torch.equal(layer(h), torch.tanh(layer.linear(h.sign())))
+    assert torch.equal(network.head(network.blocks["fc3"](layer(h))), network(x))
+
+
+@pytest.mark.parametrize("knobs, algo, message", [
+    ({"activation": "sign"}, "dfa", r"algo=dfa needs the derivatives of blocks, and block fc1 has Sign.*arch.activation=sign_ste"),
+    ({"transmit": "step"}, "bp", r"arch.transmit=step: what block fc2 receives has no derivative.*arch.transmit=step_ste"),
+    ({"transmit": "step"}, "fa", r"arch.transmit=step: what block fc2 receives has no derivative"),
+])
+def test_what_cannot_be_taught_through_a_hard_activation_is_refused(knobs, algo, message):
+    task = make_task((6,))
+    with pytest.raises(Refused, match=message):
+        build(algo, build_arch({**defaults("arch", "mlp"), **knobs}, task), task)
+
+
+@pytest.mark.parametrize("knobs, algo", [({"activation": "sign"}, "shallow"), ({"activation": "sign_ste"}, "bp"),
+                                         ({"activation": "tanh", "transmit": "sign"}, "dfa"), ({"activation": "tanh", "transmit": "sign"}, "ldrl"),
+                                         ({"activation": "tanh", "transmit": "sign_ste"}, "fa")], ids=str)
+def test_what_can_be_is_taught_in_every_block(knobs, algo):
+    task = make_task((6,), dtype=torch.float32)
+    network = build_arch({**defaults("arch", "mlp"), "widths": [9, 8], **knobs}, task)
+    rule = build(algo, network, task)
+    gradients = learned(rule, *batch(task))[1]
+    moved = {n.split(".")[2] for n, g in gradients.items() if n.startswith("network.") and g.any()}
+    assert moved == ({"head"} if algo == "shallow" else {"fc1", "fc2", "head"})
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -18,7 +18,7 @@ ALLOWED = {
     "config": {"knobs", "registry"},
     "datasets": {"knobs", "ranks", "registry"},
     "archs": set(),
-    "algos": {"archs", "ranks"},
+    "algos": {"archs", "knobs", "ranks", "registry"},   # the registry for algo=mixed, which is made of other rules
     "metrics": {"archs", "ranks"},
     "logs": set(),
     "training": {"algos", "archs", "datasets", "interrupt", "logs", "metrics", "ranks", "registry"},

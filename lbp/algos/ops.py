@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from lbp import ranks
 from lbp.algos.rule import Learned
 from lbp.archs.init import draw
-from lbp.archs.network import CONVOLUTIONS, Layer, Network, block_of
+from lbp.archs.network import CONVOLUTIONS, Layer, Network, block_of, hard_between
 from lbp.errors import Refused
 
 BOUNDED = {nn.Tanh, nn.Sigmoid, nn.Hardtanh, nn.Softsign, nn.Softmax}
@@ -138,6 +138,15 @@ class _Record(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def let_errors_pass(network: Network) -> None:
+    """Raises Refused where no error can come down through the blocks, as their inputs pass something without a derivative."""
+    for name, block in network.hidden.items():
+        if found := hard_between(block):
+            word = type(found).__name__.lower()
+            raise Refused(f"arch.transmit={word}: what block {name} receives has no derivative, so no error comes down through it; use "
+                          f"arch.transmit={word}_ste (straight through), or a rule that teaches each block apart, as dfa, local or ldrl")
+
+
 def feedback_sites(network: Network) -> dict[str, nn.Parameter]:
     """The weights that an error passes on its way down: {parameter name: weight}, from input to output.
 
@@ -145,6 +154,7 @@ def feedback_sites(network: Network) -> dict[str, nn.Parameter]:
     met as such (transposed convolutions, nn.MultiheadAttention's packed projections): its error would silently be
     backprop's.
     """
+    let_errors_pass(network)
     with network.probe() as x, _Record() as record, torch.enable_grad():
         network(x)
     names = {id(p): name for name, p in network.named_parameters()}

@@ -10,12 +10,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from lbp.archs.hard import Argmax, ArgmaxSTE, Bernoulli, BernoulliSTE, Sign, SignSTE, Step, StepSTE, without_derivative
 from lbp.errors import Refused
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "elu": nn.ELU, "gelu": nn.GELU, "silu": nn.SiLU,
     "softplus": nn.Softplus, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "hardtanh": nn.Hardtanh,
-    "softmax": nn.Softmax, "none": nn.Identity,
+    "softmax": nn.Softmax, "sign": Sign, "step": Step, "bernoulli": Bernoulli, "argmax": Argmax, "sign_ste": SignSTE,
+    "step_ste": StepSTE, "bernoulli_ste": BernoulliSTE, "argmax_ste": ArgmaxSTE, "none": nn.Identity,
 }
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm,
@@ -51,14 +53,16 @@ class Layer(nn.Module):
     """The plain block: `pool(activate(pre(x)))`, in parts for the rules that need them.
 
     `pre` is the pre-activation: the weight layer and its norm; `activate` the activation and dropout;
-    `pool` pooling and flattening. `flatten` lets a dense layer take images.
+    `pool` pooling and flattening. `flatten` lets a dense layer take images; `transmit` is what inputs pass on their way
+    from the block below, as a sign. Both are `incoming`.
     """
 
     def __init__(self, linear: nn.Module, norm: nn.Module | None = None, activation: nn.Module | None = None,
-                 dropout: float = 0.0, pool: nn.Module | None = None, flatten: bool = False):
+                 dropout: float = 0.0, pool: nn.Module | None = None, flatten: bool = False, transmit: nn.Module | None = None):
         super().__init__()
         # Absent parts are Identity, not None: layers then share one shape, and compile one way each.
-        self.flatten = nn.Flatten() if flatten else nn.Identity()
+        incoming = [*[nn.Flatten()] * flatten, *[transmit] * (transmit is not None)]
+        self.incoming = nn.Sequential(*incoming) if len(incoming) > 1 else incoming[0] if incoming else nn.Identity()
         self.linear = linear
         self.norm = norm or nn.Identity()
         self.activation = activation or nn.Identity()
@@ -66,7 +70,7 @@ class Layer(nn.Module):
         self.pooling = pool or nn.Identity()
 
     def pre(self, x: Tensor) -> Tensor:
-        return self.norm(self.linear(self.flatten(x)))
+        return self.norm(self.linear(self.incoming(x)))
 
     def activate(self, a: Tensor) -> Tensor:
         return self.dropout(self.activation(a))
@@ -149,6 +153,17 @@ class Network(nn.Module):
             kinds[kind] = kinds.get(kind, 0) + 1
             blocks[f"{kind}{kinds[kind]}"] = as_block(group)
         return cls({**blocks, "head": head[0]}, in_shape)
+
+
+def hard_inside(block: nn.Module) -> nn.Module | None:
+    """A module within the block that has no derivative, if there is one; what a Layer's inputs pass stands before it, not within."""
+    before = {id(m) for m in block.incoming.modules()} if isinstance(block, Layer) else ()
+    return next((m for m in block.modules() if without_derivative(m) and id(m) not in before), None)
+
+
+def hard_between(block: nn.Module) -> nn.Module | None:
+    """A module without a derivative that a block's inputs pass, if there is one."""
+    return next((m for m in block.incoming.modules() if without_derivative(m)), None) if isinstance(block, Layer) else None
 
 
 def block_of(parameter_name: str) -> str:

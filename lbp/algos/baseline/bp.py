@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from lbp.algos import ops
 from lbp.algos.rule import Facts, Learned, LearningRule
 
 
@@ -9,6 +10,10 @@ class BP(LearningRule):
     facts = Facts(
         family="baseline", paper="Rumelhart, Hinton & Williams, Nature 323 (1986)",
         weight_transport=True, backward_locked=True, update_locked=True)
+
+    def __init__(self, network, task):
+        super().__init__(network, task)
+        ops.let_errors_pass(network)
 
     def learn(self, x, y, apply):
         out = self.network(x)

@@ -73,7 +73,7 @@ def answer(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """(what the block's weights make of x, the activity that follows: before dropout and pooling)."""
     if not isinstance(block, Layer):
         return block.linear(x), block(x)
-    a = block.linear(block.flatten(x))
+    a = block.linear(block.incoming(x))
     return a, block.activation(a)
 
 

@@ -100,7 +100,7 @@ class SCFF(LearningRule):
         layer = self.network.blocks[name]
 
         def f(x):
-            x = ops.at_least_fp32(layer.flatten(x))
+            x = ops.at_least_fp32(layer.incoming(x))
             return ops.at_least_fp32(layer.linear(standard(x, tuple(range(1, x.dim())))))
 
         a = f(positive)

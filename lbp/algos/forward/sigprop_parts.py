@@ -43,7 +43,7 @@ def parts(blocks: dict[str, nn.Module], granularity: str, projects_input: bool) 
 
             normed = _has_weights(block.norm)
             if normed:
-                yield Part(name, "_linear", lambda x, block=block: block.linear(block.flatten(x)), _same, True)
+                yield Part(name, "_linear", lambda x, block=block: block.linear(block.incoming(x)), _same, True)
             yield Part(name, "", block.norm if normed else block.pre, after, True)
 
 

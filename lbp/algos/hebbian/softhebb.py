@@ -85,7 +85,7 @@ class SoftHebb(LearningRule):
         """What the head reads. With `found`, statistics are those of the batch, each block's change is left in its `.grad` (times
         `count`, as it is no sum) before the next one runs, and `found` receives the winner's mean share and the statistics."""
         for name, layer in self.network.hidden.items():
-            x, axis, statistics = ops.at_least_fp32(layer.flatten(x)), unit_axis(layer), ()
+            x, axis, statistics = ops.at_least_fp32(layer.incoming(x)), unit_axis(layer), ()
             if hasattr(self, f"mean_{name}"):
                 running = getattr(self, f"mean_{name}"), getattr(self, f"var_{name}")
                 statistics = running if found is None else batch_statistics(x, axis)

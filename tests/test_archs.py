@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ARCHS, CLASSES, batch, build, defaults, learned, make_task, tensors
+from conftest import ARCHS, CLASSES, batch, defaults, learned, make_task, tensors
 from torch import nn
 
 from lbp import registry
@@ -15,7 +15,7 @@ from lbp.archs.init import KINDS, draw, spread
 from lbp.archs.network import ACTIVATIONS, Layer, Network
 from lbp.archs.network import norm as make_norm
 from lbp.errors import ConfigError, Refused
-from lbp.training.setup import build_arch
+from lbp.training.setup import build_algo, build_arch
 
 SHAPES = {"lenet": (1, 28, 28)}
 WIDTH = {"resnet20": {"width": 2}, "resnet32": {"width": 2}, "resnet56": {"width": 2}, "resnet18": {"width": 1 / 32},
@@ -172,7 +172,7 @@ def test_what_is_transmitted_is_hard_while_the_layer_keeps_its_own_values():
 def test_what_cannot_be_taught_through_a_hard_activation_is_refused(knobs, algo, message):
     task = make_task((6,))
     with pytest.raises(Refused, match=message):
-        build(algo, build_arch({**defaults("arch", "mlp"), **knobs}, task), task)
+        build_algo(defaults("algo", algo), build_arch({**defaults("arch", "mlp"), **knobs}, task), task)
 
 
 @pytest.mark.parametrize("knobs, algo", [({"activation": "sign"}, "shallow"), ({"activation": "sign_ste"}, "bp"),
@@ -181,7 +181,7 @@ def test_what_cannot_be_taught_through_a_hard_activation_is_refused(knobs, algo,
 def test_what_can_be_is_taught_in_every_block(knobs, algo):
     task = make_task((6,), dtype=torch.float32)
     network = build_arch({**defaults("arch", "mlp"), "widths": [9, 8], **knobs}, task)
-    rule = build(algo, network, task)
+    rule = build_algo(defaults("algo", algo), network, task)
     gradients = learned(rule, *batch(task))[1]
     moved = {n.split(".")[2] for n, g in gradients.items() if n.startswith("network.") and g.any()}
     assert moved == ({"head"} if algo == "shallow" else {"fc1", "fc2", "head"})

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lbp import ranks
-from lbp.archs.network import Network, hard_inside
-from lbp.errors import Refused
+from lbp.archs.network import Network
 
 GROUPS = ("forward", "feedback", "heads")
 Batches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
@@ -70,12 +69,6 @@ class LearningRule(nn.Module):
         super().__init__()
         self.network = network
         self.task = task
-        if self.facts.needs_derivative:
-            for name, block in network.hidden.items():
-                if found := hard_inside(block):
-                    raise Refused(f"algo={type(self).__module__.rpartition('.')[2]} needs the derivatives of blocks, and block {name} has "
-                                  f"{type(found).__name__}, which has none; use arch.activation={type(found).__name__.lower()}_ste (straight "
-                                  "through), or tanh with arch.transmit for what passes between blocks, or a rule that needs none")
 
     def groups(self) -> dict[str, list[Parameter]]:
         """The parameters that move, by group: one optimizer each. No other names than GROUPS."""

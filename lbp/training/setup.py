@@ -12,7 +12,7 @@ import torch
 
 from lbp import ranks, registry
 from lbp.algos.rule import GROUPS, LearningRule
-from lbp.archs.network import Network
+from lbp.archs.network import Network, hard_inside
 from lbp.datasets.data import Arrays, Data, load
 from lbp.datasets.task import Task
 from lbp.errors import ConfigError, Refused
@@ -94,6 +94,12 @@ def build_algo(config: dict[str, Any], network: Network, task: Task, seed: int =
     unknown = set(rule.groups()) - set(GROUPS)
     if unknown:
         raise ValueError(f"algo={config['name']} names groups {sorted(unknown)}; allowed: {', '.join(GROUPS)}")
+    for name, block in network.hidden.items():
+        if rule.facts.needs_derivative and (found := hard_inside(block)):
+            word = type(found).__name__.lower()
+            raise Refused(f"algo={config['name']} needs the derivatives of blocks, and block {name} has {type(found).__name__}, which has none; "
+                          f"use arch.activation={word}_ste (straight through), or tanh with arch.transmit={word} for what passes between "
+                          "blocks, or a rule that needs none")
     return rule
 
 

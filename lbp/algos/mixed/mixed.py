@@ -118,6 +118,8 @@ class Mixed(LearningRule):
         where, rule = f"algo=mixed: {part.name} for block {', '.join(sorted(part.blocks))}", part.rule
         if type(rule).predict is not LearningRule.predict:
             raise Refused(f"{where} answers in a way of its own, not by the network's forward pass; use another rule there")
+        if part not in self.solvers and not rule.groups():
+            raise Refused(f"{where} searches over whole networks, not blocks; use another rule there")
         *before, last = rule.phases()
         if part not in self.solvers and (last.learn != rule.learn or last.epochs is not None):
             raise Refused(f"{where} goes through the network in stages; use another rule there")

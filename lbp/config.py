@@ -81,6 +81,8 @@ def compose(overrides: list[str], file: Path | None = None) -> Config:
         *path, last = key.split(".")
         node = values
         for part in path:
+            if not isinstance(node.get(part, {}), dict):  # a word where a map may stand: what the map is called
+                node[part] = {"name": node[part]}
             node = node.setdefault(part, {})
         node[last] = value
     said = {item.key for items, _ in chosen for item in items}

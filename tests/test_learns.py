@@ -1,7 +1,7 @@
 """Every rule learns real digits, beats chance, and by five points the control whose hidden layers stay random.
 
 A rule whose YAML has a line `# control: elm; REASON` is set beside that control, random features of the same width with a
-solved read-out, in place of the first.
+solved read-out, in place of the first. One with a line `# solves: EXPERIMENT; REASON` has to reach 95 % there, instead of digits.
 """
 
 import re
@@ -28,12 +28,18 @@ def control(algo: str) -> str | None:
     return found and found.group(1)
 
 
+def solves(algo: str) -> str | None:
+    """The experiment that the algo's YAML names, where it names one."""
+    found = re.search(r"^# solves: (\w+); \S", registry.option("algo", algo).path.read_text("utf-8"), re.MULTILINE)
+    return found and found.group(1)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return str(tmp_path_factory.mktemp("runs"))
 
 
-@pytest.mark.parametrize("algo", [a for a in registry.options("algo") if a != "shallow" and not control(a)])
+@pytest.mark.parametrize("algo", [a for a in registry.options("algo") if a != "shallow" and not control(a) and not solves(a)])
 def test_it_learns_and_beats_frozen_hidden_layers(algo, folder):
     control = summary("shallow", folder)["test_accuracy"]
     assert 0.5 < control < 0.85  # well above chance: the control is one
@@ -43,6 +49,11 @@ def test_it_learns_and_beats_frozen_hidden_layers(algo, folder):
 @pytest.mark.parametrize("algo", [a for a in registry.options("algo") if control(a)])
 def test_it_learns_more_than_random_features_of_the_same_width(algo, folder):
     assert summary(algo, folder)["test_accuracy"] > summary(control(algo), folder)["test_accuracy"] > 0.7
+
+
+@pytest.mark.parametrize("algo", [a for a in registry.options("algo") if solves(a)])
+def test_it_solves_what_it_is_for(algo, folder):
+    assert lbp.run(f"experiment={solves(algo)}", f"algo={algo}", "logger.console=off", f"run.dir={folder}/{algo}").summary["test_accuracy"] >= 0.95
 
 
 @pytest.mark.parametrize("algo", ["fa", "dfa", "kp", "local", "ldrl"])

@@ -98,8 +98,8 @@ def build_algo(config: dict[str, Any], network: Network, task: Task, seed: int =
         if rule.facts.needs_derivative and (found := hard_inside(block)):
             word = type(found).__name__.lower()
             raise Refused(f"algo={config['name']} needs the derivatives of blocks, and block {name} has {type(found).__name__}, which has none; "
-                          f"use arch.activation={word}_ste (straight through), or tanh with arch.transmit={word} for what passes between "
-                          "blocks, or a rule that needs none")
+                          f"use arch.activation={word}_ste (straight through; an ensemble has arch.aggregate=.._ste too), or tanh with "
+                          f"arch.transmit={word} for what passes between blocks, or a rule that needs none")
     return rule
 
 

@@ -164,7 +164,7 @@ def together(tmp_path_factory):
         env=common | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
                       "MASTER_PORT": str(store.port)}) for world, store in stores.items() for r in range(world)]
     try:
-        told = [p.communicate(timeout=100)[0] for p in processes]
+        told = [p.communicate(timeout=200)[0] for p in processes]    # every rule there is, on a machine that may be busy
     finally:
         for p in processes:
             p.kill()
@@ -206,7 +206,7 @@ def test_ranks_train_what_one_trains(name, together, tmp_path):
     if coupled(name):
         pytest.skip("its facts say that the batch is coupled")
     alone = outcome((PAIR | TRIPLE)[name](), tmp_path)
-    if name == "sigprop":       # each rank runs the targets of all classes beside its share of the samples
+    if name in ("sigprop", "ccl"):       # each rank runs the targets of all classes beside its share of the samples
         assert mine[0]["summary"].pop("flops_per_sample") > alone["summary"].pop("flops_per_sample")
     assert_alike(mine[0], alone, name)
 

@@ -20,7 +20,7 @@ class Autoencode(StepTheta):
     """
 
     doc = "an autoencoder too: the gradient of the local loss and of what a decoder (group \"feedback\") fails to rebuild of the input"
-    knobs = {"weight": Knob(0.1, "float > 0", "of the squared reconstruction error beside the local loss")}
+    knobs = {"weight": Knob(0.001, "float > 0", "of the squared reconstruction error beside the local loss")}
     needs_derivative = True
 
     def __init__(self, place: Place, *, weight: float):

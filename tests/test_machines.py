@@ -487,7 +487,7 @@ def test_refusals_say_what_there_is(knobs, named):
     ({"norm": "batch"}, {"theta": "es"}, "arch.norm=none"), ({"norm": "batch"}, {"x": "population"}, "arch.norm=none"),
     ({"norm": "batch"}, {"theta": {"name": "gradient", "batch": 4}}, "arch.norm="), ({"dropout": .3}, {"x": "inverse"}, "arch.dropout=0"),
     ({"norm": "layer"}, {"theta": "least_squares"}, "arch.norm=none"), ({"activation": "relu"}, {"theta": "least_squares"}, "arch.activation"),
-    ({"dropout": .3}, {"theta": "least_squares"}, "arch.dropout=0"),
+    ({"dropout": .3}, {"theta": "least_squares"}, "arch.dropout=0"), ({"activation": "bernoulli_ste"}, {"theta": "es"}, "arch.activation=step"),
 ], ids=str)
 def test_blocks_that_a_half_cannot_take_are_refused(knobs, halves, named):
     task = make_task((6,), dtype=torch.float32)

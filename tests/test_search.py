@@ -11,6 +11,7 @@ from torch import nn
 import lbp
 from lbp.algos import ops
 from lbp.algos.search import population as pop
+from lbp.archs.hard import Bernoulli
 from lbp.errors import Diverged, Refused
 
 
@@ -326,7 +327,8 @@ def test_a_batch_that_is_not_finite_leaves_the_population():
 
 @pytest.mark.parametrize("name", ["es", "genetic"])
 def test_what_members_would_share_is_refused(name):
-    for network, words in [(dense(norm=nn.BatchNorm1d), "block fc1's batch norm.*arch.norm="), (dense(dropout=.1), "block fc1's dropout.*arch.dropout=0")]:
+    for network, words in [(dense(norm=nn.BatchNorm1d), "block fc1's batch norm.*arch.norm="), (dense(dropout=.1), "block fc1's dropout.*arch.dropout=0"),
+                           (dense(activation=Bernoulli), "block fc1 draws.*arch.activation=step")]:
         with pytest.raises(Refused, match=f"algo={name} .*{words}"):
             build(name, network, task_of(name))
 

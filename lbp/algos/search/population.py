@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lbp.archs.hard import Bernoulli
 from lbp.archs.network import Network
 from lbp.errors import Refused
 
@@ -183,6 +184,9 @@ def refuse_what_members_share(network: Network, rule: str) -> None:
             if isinstance(module, nn.Dropout) and module.p:
                 raise Refused(f"algo={rule} compares copies of the network by their losses, and block {name}'s dropout would decide which "
                               "is better; use arch.dropout=0")
+            if isinstance(module, Bernoulli):
+                raise Refused(f"algo={rule} compares copies of the network by their losses, and what block {name} draws would decide which "
+                              "is better; use arch.activation=step")
 
 
 def genes(network: nn.Module) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lbp.algos import ops
 from lbp.algos.forward.sigprop_parts import statistics_kept
+from lbp.archs.hard import Bernoulli
 from lbp.errors import Refused
 from lbp.knobs import check, coerce, did_you_mean, nearest
 
@@ -112,6 +113,8 @@ class Place:
                 raise self.refuse(f"{why}, whose statistics would enter its batch norm; use arch.norm=none or layer")
             if isinstance(module, nn.Dropout) and module.p:
                 raise self.refuse(f"{why}, of which dropout would drop other units each time; use arch.dropout=0")
+            if isinstance(module, Bernoulli):
+                raise self.refuse(f"{why}, for which its units would be drawn anew each time; use arch.activation=step")
 
 
 class Half(nn.Module):

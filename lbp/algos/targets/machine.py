@@ -73,7 +73,7 @@ class LearningMachine(nn.Module):
         return local
 
     def _step(self, local: Local) -> None:
-        settle = (lambda: self._settle("block")) if "block" in self.optimizers else None
+        settle = (lambda: self._settle("block")) if "block" in self.optimizers and self.mode != "accumulate" else None
         self.theta.step(local, settle if self.theta.settles else None)
         if settle and not self.theta.settles:
             settle()

@@ -24,12 +24,15 @@ class FA(LearningRule):
         for name, weight in self.sites.items():
             self.register_buffer(buffer_name(name), draw(torch.empty_like(weight, requires_grad=False), init, scale))
 
+    def pairs(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """{parameter name: (W, B)}."""
+        return {name: (weight, getattr(self, buffer_name(name))) for name, weight in self.sites.items()}
+
     def learn(self, x, y, apply):
-        pairs = [(weight, getattr(self, buffer_name(name))) for name, weight in self.sites.items()]
-        return ops.learn_through(self.network, self.task, x, y, pairs)
+        return ops.learn_through(self.network, self.task, x, y, list(self.pairs().values()))
 
     def feedback(self):
-        return ops.by_block({name: (w, getattr(self, buffer_name(name))) for name, w in self.sites.items()})
+        return ops.by_block(self.pairs())
 
 
 def buffer_name(parameter_name: str) -> str:

@@ -47,9 +47,12 @@ class WM(LearningRule):
         self.mirror(x, learned.loss)
         return learned
 
+    def pairs(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """{parameter name: (W, B)}."""
+        return {name: (weight, getattr(self, buffer_name(name))) for name, weight in self.sites.items()}
+
     def learn(self, x, y, apply):
-        pairs = [(weight, getattr(self, buffer_name(name))) for name, weight in self.sites.items()]
-        learned = ops.learn_through(self.network, self.task, x, y, pairs)
+        learned = ops.learn_through(self.network, self.task, x, y, list(self.pairs().values()))
         self.mirror(x, learned.loss)
         return learned
 
@@ -68,7 +71,7 @@ class WM(LearningRule):
                 B.add_((found.view_as(B) * (self.rate / self.noise**2) - B * self.decay) * step.to(B.dtype))
 
     def feedback(self):
-        return ops.by_block({name: (w, getattr(self, buffer_name(name))) for name, w in self.sites.items()})
+        return ops.by_block(self.pairs())
 
 
 def mean_product(v: torch.Tensor, xi: torch.Tensor) -> torch.Tensor:

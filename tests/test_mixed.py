@@ -144,8 +144,9 @@ def test_a_closed_form_head_is_solved_in_a_last_phase(tmp_path):
 # ---- who can stand beside whom
 
 @pytest.mark.parametrize("first", MEMBERS)
-def test_every_allowed_pair_trains_two_steps(first):
-    for second in MEMBERS:
+@pytest.mark.parametrize("among", [("bp", "dfa", "sigprop"), pytest.param(MEMBERS, marks=pytest.mark.slow)], ids=["few", "all"])
+def test_every_allowed_pair_trains_two_steps(first, among):
+    for second in among:
         try:
             rule = mixed(dense(activation=nn.Tanh), blocks={"fc2": spec(first)}, rest=second)
         except Refused as refused:

@@ -430,7 +430,7 @@ def test_completion_takes_under_three_tenths_of_a_second():
 
 @pytest.mark.skipif(not BASH, reason="no bash")
 @pytest.mark.parametrize("line, found", [
-    ("lbp tr", ["train"]), ("lbp train algo=df", ["dfa"]), ("lbp train  algo=bp,f", ["bp,fa", "bp,forward_forward", "bp,frsf"]),
+    ("lbp tr", ["train"]), ("lbp train algo=df", ["dfa"]), ("lbp train  algo=bp,f", ["bp,fa", "bp,forward_forward", "bp,frsf", "bp,fw_dtp"]),
     ("lbp train trainer.ep", ["trainer.epochs="]), ("lbp train trainer.precision=", ["bf16", "fp32", "fp64"]), ("lbp completion ", ["bash", "fish", "zsh"])])
 def test_bash_completes(line, found, tmp_path):
     wrapper = tmp_path / "lbp"

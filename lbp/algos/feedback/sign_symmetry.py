@@ -61,7 +61,7 @@ class SignSymmetry(LearningRule):
 def redraw(size: torch.Tensor, init: str, scale: float, generator: torch.Generator) -> None:
     """Fills `size` with |M| anew, the same on every rank and device.
 
-    A uniform M in steps of 1/255 of its bound: a byte is drawn in an eighth of a float's time, which else would
+    A uniform M in steps of 1/256 of its bound: a byte is drawn in an eighth of a float's time, which else would
     be half of a training step.
     """
     if init not in UNIFORM:
@@ -69,4 +69,4 @@ def redraw(size: torch.Tensor, init: str, scale: float, generator: torch.Generat
         return
     words = torch.empty(-(-size.numel() // 8), dtype=torch.int64).random_(-(2**63), None, generator=generator)
     steps = words.view(torch.uint8)[: size.numel()].view(size.shape).to(size.device)
-    size.copy_(steps).mul_(math.sqrt(3) * spread(size, init, scale) / 255)    # one expression of two types is slow
+    size.copy_(steps).add_(0.5).mul_(math.sqrt(3) * spread(size, init, scale) / 256)    # one expression of two types is slow

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from lbp.algos import ops
-from lbp.algos.rule import Facts, Learned, LearningRule, Phase, Rng
-from lbp.algos.targets.inverses import distances, exact, no_noise_in, step_feedback, teach, walk
+from lbp.algos.rule import Facts, Learned, LearningRule, Rng
+from lbp.algos.targets.inverses import distances, exact, feedback_first, no_noise_in, step_feedback, teach, walk
 
 
 class DDTPLinear(LearningRule):
@@ -36,8 +36,7 @@ class DDTPLinear(LearningRule):
         return {"forward": list(self.network.parameters()), "feedback": list(self.matrices.parameters())}
 
     def phases(self):
-        before = [Phase("feedback", learn=self.learn_feedback, epochs=self.feedback_epochs)] if self.feedback_epochs else []
-        return [*before, *super().phases()]
+        return feedback_first(self)
 
     def learn_feedback(self, x, y, apply):
         with torch.no_grad():

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from lbp.algos import ops
-from lbp.algos.rule import Facts, LearningRule, Learned, Phase, Rng
-from lbp.algos.targets.inverses import bring_down, distances, exact, inverses, no_noise_in, step_feedback, teach, walk
+from lbp.algos.rule import Facts, LearningRule, Learned, Rng
+from lbp.algos.targets.inverses import bring_down, distances, exact, feedback_first, inverses, no_noise_in, step_feedback, teach, walk
 from lbp.errors import Refused
 
 # From outputs to the units of the label.
@@ -54,8 +54,7 @@ class DTP(LearningRule):
         return {"forward": list(self.network.parameters()), "feedback": list(self.inverses.parameters())}
 
     def phases(self):
-        before = [Phase("feedback", learn=self.learn_feedback, epochs=self.feedback_epochs)] if self.feedback_epochs else []
-        return [*before, *super().phases()]
+        return feedback_first(self)
 
     def learn_feedback(self, x, y, apply):
         with torch.no_grad():

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lbp.algos import ops
+from lbp.algos.rule import Phase
 from lbp.archs.network import Layer, Network
 from lbp.errors import Refused
 
@@ -114,6 +115,12 @@ def bring_down(values: dict[str, Tensor], inverses: nn.ModuleDict, target: Tenso
         if difference:
             targets[below] += values[below] - rebuilt[below]
     return targets, rebuilt
+
+
+def feedback_first(rule) -> list[Phase]:
+    """The phases of a rule that learns its way back alone for `feedback_epochs`, by `learn_feedback`, before it trains."""
+    before = [Phase("feedback", learn=rule.learn_feedback, epochs=rule.feedback_epochs)] if rule.feedback_epochs else []
+    return [*before, Phase("train", learn=rule.learn)]
 
 
 def step_feedback(loss: Tensor, x: Tensor, apply) -> Tensor:

@@ -494,15 +494,17 @@ SMALL = {"mlp": {"widths": [9, 8]}, "cnn": {"widths": [3, 4], "dense": [6]}, "le
          "resnet20": {"width": 2}, "resnet32": {"width": 2}, "resnet56": {"width": 2}, "resnet18": {"width": 1 / 32},
          "vgg8b": {"width": 1 / 64, "dense": [7]}, "vgg11b": {"width": 1 / 64, "dense": [7]},
          "vit": {"dim": 6, "depth": 2}, "torchvision": {"model": "mobilenet_v3_small"},
-         "reversible": {"width": 8}, "ensemble": {"widths": [9, 8], "members": 3}}
+         "reversible": {"width": 8}, "ensemble": {"widths": [9, 8], "members": 3},
+         "rnn": {"width": 6}, "lstm": {"width": 6}, "gru": {"width": 6}, "transformer": {"dim": 8, "heads": 2}}
 # algorithms known to work there (reference, section 12): the others may be refused, with a reason
 PLAIN = {"mlp", "cnn", "lenet", "stack"}
+SEQUENTIAL = {"rnn", "lstm", "gru", "transformer"}
 MUST = {name: set(ARCHS) for name in ("bp", "shallow", "fa", "kp", "dfa", "local", "usf", "frsf", "brsf", "wm", "dkp",
-                                              "pred", "mono_forward", "sim", "predsim", "greedy", "dgl", "sigprop", "machines", "mixed")} | {
+                                              "pred", "mono_forward", "sim", "predsim", "greedy", "dgl", "sigprop", "machines", "mixed", "dni", "cdni")} | {
     "ldrl": PLAIN, "tp": PLAIN, "dtp": PLAIN, "dtp_drl": PLAIN, "fw_dtp": PLAIN, "ddtp_linear": PLAIN | {"vit"},
     "forward_forward": PLAIN, "elm": PLAIN, "pepita": PLAIN, "cwc": PLAIN, "cafo": PLAIN, "cafo_gd": PLAIN,
     "softhebb": PLAIN, "scff": PLAIN, "ccl": PLAIN, "es": {*PLAIN, "vit"}, "genetic": {*PLAIN, "vit"},
-    "drtp": set(ARCHS) - {"vit", "torchvision", "stack"}, "sdfa": set(ARCHS) - {"vit", "torchvision", "stack"}}
+    "drtp": set(ARCHS) - {"vit", "torchvision", "stack", *SEQUENTIAL}, "sdfa": set(ARCHS) - {"vit", "torchvision", "stack", *SEQUENTIAL}}
 
 
 def in_shape_of(arch):

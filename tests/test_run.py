@@ -261,7 +261,7 @@ def test_every_experiment_composes_and_runs_two_steps(name, noise):
     data = [f"dataset.root='{noise}'", "dataset.val_size=0"] if config.options["dataset"] in ("mnist", "cifar10") else []
     small = {"vgg8b": ["arch.width=0.0625"],     # at their widths a step takes half a minute
              "stack": ["arch.layers=['conv:4:3:2', relu, 'conv:4:3:2', relu, flatten]"]}.get(config.options["arch"], [])
-    if "stop" in config.values["algo"]:     # cwc's, an epoch for each of its blocks
+    if "stop" in config.values["algo"] or isinstance(config.values["algo"].get("cuts"), list):     # cwc's, an epoch for each of its blocks; dni's
         small = []
     result = lbp.run(f"experiment={name}", f"dataset.train_size={2 * batch}", f"trainer.batch_size={batch}", "trainer.epochs=1",
                      "logger.console=off", *small, *data)

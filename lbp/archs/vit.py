@@ -24,14 +24,14 @@ class Embedding(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention with projections of their own, so that each can have its feedback."""
 
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, dim: int, heads: int, causal: bool = False):
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal     # causal: a token sees itself and those before it
         self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value))
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2))
 
 
 class MeanOverTokens(nn.Module):
@@ -42,9 +42,10 @@ class MeanOverTokens(nn.Module):
 class TransformerLayer(nn.Module):
     """Attention, then two dense layers at each token; each branch normalises what it reads and adds to its input."""
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: int, activation: str, dropout: float, pool: nn.Module | None = None):
+    def __init__(self, dim: int, heads: int, mlp_ratio: int, activation: str, dropout: float, pool: nn.Module | None = None,
+                 causal: bool = False):
         super().__init__()
-        self.norm1, self.attention = nn.LayerNorm(dim), Attention(dim, heads)
+        self.norm1, self.attention = nn.LayerNorm(dim), Attention(dim, heads, causal)
         self.norm2 = nn.LayerNorm(dim)
         self.up, self.activation, self.down = nn.Linear(dim, mlp_ratio * dim), make_activation(activation), nn.Linear(mlp_ratio * dim, dim)
         self.dropout = nn.Dropout(dropout)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lbp import ranks, registry
 from lbp.datasets.augment import Augment, generator
-from lbp.datasets.task import Task
+from lbp.datasets.task import MASKED, Task
 from lbp.errors import ConfigError, DataError
 
 COMMON = {      # the knobs of every dataset: conf/dataset/_common.yaml says the same, with their docs
@@ -28,10 +28,12 @@ class Arrays:
     """
     What a dataset's function returns; arrays or tensors on the CPU.
 
-    x (N, C, H, W) if kind is "image", (N, D) if "vector"; uint8 or float. y (N,) integer labels where
-    `classes` names the classes, else (N,) or (N, k) real targets. Without x_test and y_test, `load` cuts a
+    x (N, C, H, W) if kind is "image", (N, D) if "vector"; uint8 or float; (N, T) integers 0 .. `symbols` - 1 if
+    "sequence". y (N,) integer labels where `classes` names the classes, of sequences also (N, T), MASKED where
+    nothing is asked; else (N,) or (N, k) real targets. Without x_test and y_test, `load` cuts a
     fixed fifth for testing. `white` is an image's greatest possible value: 255 for uint8, and by default what
-    the training split reaches.
+    the training split reaches. `contiguous`: samples are parts of one whole, in order, and validation is their
+    end. `read`: {file: sha256} of what meta.json should tell.
     """
 
     x: np.ndarray | Tensor
@@ -42,6 +44,9 @@ class Arrays:
     classes: list[str] | None = None
     white: float | None = None
     name: str | None = None     # for messages, where one function serves several options
+    symbols: int | None = None
+    contiguous: bool = False
+    read: dict[str, str] | None = None
 
     @classmethod
     def of(cls, x, y, x_test=None, y_test=None) -> "Arrays":
@@ -132,13 +137,14 @@ class Data:
     test: Split
     classes: list[str] | None
     normalize: str
+    read: dict[str, str] | None = None      # {file: sha256}
 
     def described(self) -> str:
         """One line for the header of a run."""
         splits = {"train": self.train, "val": self.val, "test": self.test}
         sizes = ", ".join(f"{len(split):,} {name}" for name, split in splits.items() if split)
         what = f"{self.task.classes} classes" if self.task.classes else f"{self.task.outputs} real target(s)"
-        shape = "x".join(map(str, self.task.in_shape))
+        shape = "x".join(map(str, self.task.in_shape)) + (f" of {self.task.symbols} symbols" if self.task.symbols else "")
         return f"{self.name}: {sizes}; {shape}, {what}, {self.task.loss_name}, normalize={self.normalize}"
 
 
@@ -159,6 +165,8 @@ def load(cfg: dict, *, seed: int, batch_size: int, device="cpu", dtype: torch.dt
     if arrays.kind != "image" and (augment or cfg["resize"]):
         raise ConfigError(f"dataset.augment and dataset.resize need images, dataset={name} has "
                           f"{arrays.kind}s: remove them")
+    if arrays.kind == "sequence" and arrays.classes is not None and cfg["normalize"] != "none":
+        raise ConfigError(f"dataset.normalize={cfg['normalize']}: symbols of dataset={name} have no scale; set it to none")
     if cfg["resize"]:
         arrays = replace(arrays, x=_resized(arrays.x, cfg["resize"]),
                          x_test=None if arrays.x_test is None else _resized(arrays.x_test, cfg["resize"]))
@@ -168,11 +176,12 @@ def load(cfg: dict, *, seed: int, batch_size: int, device="cpu", dtype: torch.dt
     if x_test is None:
         held, pool = stratified(y, pool, round(TEST_SHARE * len(x)), generator("test"))
         x_test, y_test = x, y
-    train, val = _divided(y, pool, cfg, seed, name)
+    train, val = _divided(y, pool, cfg, seed, name, arrays.contiguous)
     if not shuffle:
         train = train.sort().values     # a split is cut off at random, which mixes
 
-    shift, scale = _scaling(x, train, cfg["normalize"], kind, arrays.white)
+    if kind != "sequence":
+        shift, scale = _scaling(x, train, cfg["normalize"], kind, arrays.white)
     regression = arrays.classes is None
     if regression:
         how = "standard" if cfg["normalize"] == "standard" else "none"
@@ -180,17 +189,18 @@ def load(cfg: dict, *, seed: int, batch_size: int, device="cpu", dtype: torch.dt
 
     def split(x, y, rows, **how):
         targets = _filled(y, rows, y_shift, y_scale, device, dtype) if regression else y[rows].to(device)
-        return Split(_filled(x, rows, shift, scale, device, dtype), targets,
+        samples = x[rows].to(device) if kind == "sequence" else _filled(x, rows, shift, scale, device, dtype)
+        return Split(samples, targets,
                      batch_size=batch_size, seed=seed, source=rows, **how)
 
     classes = None if regression else len(arrays.classes)
     loss = cfg["loss"] if cfg["loss"] != "auto" else "mse" if regression else "cross_entropy"
     task = Task("regression" if regression else "classification", tuple(x.shape[1:]), classes or y.shape[1],
-                classes, loss, cfg["label_smoothing"], dtype)
+                classes, loss, cfg["label_smoothing"], dtype, arrays.symbols, classes is not None and y.dim() > 1)
     black = (-shift / scale)[0].to(device, dtype) if kind == "image" else None
     return Data(name, task, split(x, y, train, augment=augment or None, black=black, shuffle=shuffle),
                 split(x, y, val) if len(val) else None, split(x_test, y_test, held), arrays.classes,
-                cfg["normalize"])
+                cfg["normalize"], arrays.read)
 
 
 def stratified(y: Tensor, rows: Tensor, size: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -198,7 +208,7 @@ def stratified(y: Tensor, rows: Tensor, size: int, rng: torch.Generator) -> tupl
 
     Sainte-Lague: each class's k-th sample, in random order, ranks by (k + 1/2) / (size of the class)."""
     rows = rows[torch.randperm(len(rows), generator=rng)]
-    if y.is_floating_point():
+    if y.is_floating_point() or y.dim() > 1:
         return rows[:size], rows[size:]
     labels = y[rows]
     by_class = labels.argsort(stable=True)
@@ -216,21 +226,21 @@ def _read(cfg: dict) -> Arrays:
     return function(**{knob: cfg[knob] for knob in inspect.signature(function).parameters})
 
 
-def _divided(y: Tensor, pool: Tensor, cfg: dict, seed: int, name: str) -> tuple[Tensor, Tensor]:
+def _divided(y: Tensor, pool: Tensor, cfg: dict, seed: int, name: str, contiguous: bool) -> tuple[Tensor, Tensor]:
     """Rows of the training and of the validation split."""
     n, val_size, train_size = len(pool), cfg["val_size"], cfg["train_size"]
     held = max(1, round(val_size * n)) if isinstance(val_size, float) and val_size > 0 else int(val_size)
     if held >= n:
         raise ConfigError(f"dataset.val_size={val_size} leaves nothing to train on: dataset={name} has "
                           f"{n:,} training samples")
-    val, train = stratified(y, pool, held, generator("val", seed))
+    val, train = (pool[n - held:], pool[:n - held]) if contiguous else stratified(y, pool, held, generator("val", seed))
     if train_size is not None:
         if train_size > len(train):
             raise ConfigError(f"dataset.train_size={train_size} is more than the {len(train):,} "
                               f"training samples that dataset={name} has beside {held:,} for validation "
                               "(dataset.val_size)")
         train, _ = stratified(y, train, train_size, generator("subset", seed))
-    if not y.is_floating_point() and len(y[train].unique()) < 2:
+    if not y.is_floating_point() and y.dim() == 1 and len(y[train].unique()) < 2:
         raise ConfigError(f"the {len(train):,} training sample(s) of dataset={name} hold one class only: "
                           "raise dataset.train_size or lower dataset.val_size")
     return train, val
@@ -264,14 +274,18 @@ def _checked(arrays: Arrays, name: str) -> Arrays:
     if arrays.x_test is not None:
         parts["_test"] = arrays.x_test, arrays.y_test
     for part, (x, y) in parts.items():
-        x, y = _tensor(x, "x" + part), _tensor(y, "y" + part, target=True)
+        sequence = arrays.kind == "sequence"
+        x, y = _tensor(x, "x" + part, target=sequence), _tensor(y, "y" + part, target=True)
         if x.dim() != (4 if arrays.kind == "image" else 2):
             refuse(f"x{part} has shape {tuple(x.shape)}, {arrays.kind}s need "
-                   f"{'(N, C, H, W)' if arrays.kind == 'image' else '(N, D)'}")
+                   f"{'(N, C, H, W)' if arrays.kind == 'image' else '(N, T)' if sequence else '(N, D)'}")
         if len(x) != len(y):
             refuse(f"x{part} has {len(x):,} samples, y{part} {len(y):,}")
         if x.numel() == 0:
             refuse(f"x{part} is empty, its shape is {tuple(x.shape)}")
+        if sequence and (x.is_floating_point() or not arrays.symbols or int(x.min()) < 0 or int(x.max()) >= arrays.symbols):
+            refuse(f"x{part} must hold integers 0 .. symbols - 1, with `symbols` given ({arrays.symbols}): it is {x.dtype}, "
+                   f"{x.min()} .. {x.max()}")
         for values, letter in ((x, "x"), (y, "y")):
             if values.is_floating_point():
                 bad = sum(int((~chunk.isfinite()).sum()) for chunk in values.split(_rows(values)))
@@ -285,11 +299,16 @@ def _checked(arrays: Arrays, name: str) -> Arrays:
             if y.dim() != 2:
                 refuse(f"y{part} has shape {tuple(y.shape)}, real targets need (N,) or (N, k)")
         else:
-            if y.is_floating_point() or y.dim() != 1:
-                refuse(f"y{part} is {y.dtype} of shape {tuple(y.shape)}, labels need integers of shape (N,)")
-            low, high, c = int(y.min()), int(y.max()), len(arrays.classes)
+            tokens = sequence and y.shape == x.shape
+            if y.is_floating_point() or y.dim() != 1 and not tokens:
+                refuse(f"y{part} is {y.dtype} of shape {tuple(y.shape)}, labels need integers of shape (N,)"
+                       + (" or (N, T)" if sequence else ""))
+            asked = y[y != MASKED] if tokens else y
+            if not len(asked):
+                refuse(f"all labels of y{part} are masked")
+            low, high, c = int(asked.min()), int(asked.max()), len(arrays.classes)
             if low < 0 or high >= c:
-                wrong = int(((y < 0) | (y >= c)).sum())
+                wrong = int(((asked < 0) | (asked >= c)).sum())
                 refuse(f"{wrong:,} label(s) of y{part} are out of range: found {low} .. {high}, "
                        f"allowed 0 .. {c - 1}")
             if not part and low == high:

@@ -1,6 +1,7 @@
 """What is to be learned: shapes, loss, metric. The trainer, archs and rules know the data through this
 alone."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,8 @@ class Task:
     loss_name: str = "cross_entropy"
     label_smoothing: float = 0.0    # share of the target spread evenly over all classes; cross_entropy only
     dtype: torch.dtype = torch.float32      # of the data, and of one-hot labels
+    symbols: int | None = None      # inputs are sequences of integers 0 .. symbols - 1, in_shape is (T,); None: real numbers
+    sequence: bool = False          # a target at every token, so y (N, T) and out (N, T, C); else one a sample
 
     def __post_init__(self):
         problems = []
@@ -93,16 +96,22 @@ class Task:
     def score(self, out: Tensor, y: Tensor) -> Tensor:
         """
         What the metric needs of a batch, to be added up over batches on the device (fp64, no
-        synchronisation): accuracy (2,): hits, targets; r2 (4, k): count, sums of y, of y squared, of the
-        squared error, per output.
+        synchronisation): accuracy (2,): hits, targets, and of sequences (4,): beside them, sequences all of
+        whose unmasked tokens are hit, sequences that have one; r2 (4, k): count, sums of y, of y squared, of
+        the squared error, per output.
         """
         if self.classes is None:
             out, y = out.double(), y.double().view_as(out)
             each = torch.ones_like(y), y, y.square(), (out - y).square()
             return torch.stack([values.sum(0) for values in each])
-        hits = (out.argmax(-1) == y).sum(dtype=torch.float64)      # a masked label equals no class
-        count = (y != MASKED).sum(dtype=torch.float64) if self._sequence(y) else hits.new_full((), y.shape[0])
-        return torch.stack((hits, count))
+        hit = out.argmax(-1) == y       # a masked label equals no class
+        if not self._sequence(y):
+            hits = hit.sum(dtype=torch.float64)
+            return torch.stack((hits, hits.new_full((), y.shape[0])))
+        counts = y != MASKED
+        some = counts.flatten(1).any(1)
+        right = some & (hit | ~counts).flatten(1).all(1)
+        return torch.stack([found.sum(dtype=torch.float64) for found in (hit, counts, right, some)])
 
     def metric_value(self, stats: Tensor) -> float:
         """The metric from added-up scores; nan where it is undefined (no target; r2 of targets that do not
@@ -110,12 +119,23 @@ class Task:
 
         r2 is 1 - squared error / variance, averaged over outputs, against the mean of the same targets."""
         if self.classes is not None:
-            hits, count = stats.tolist()
+            hits, count = stats[:2].tolist()
             return hits / count if count else float("nan")
         n, total, squares, residual = stats.cpu()
         spread = squares - total.square() / n
         spread = spread.masked_fill(spread <= 1e-12 * squares, float("nan"))
         return float((1 - residual / spread).mean())
+
+    def values(self, loss: float, stats: Tensor) -> dict[str, float]:
+        """{metric: value} of added-up scores, and of sequences beside it `sequence_accuracy`, the share of those without
+        an error, and `bits_per_character`, the mean `loss` over tokens in bits (cross entropy without smoothing)."""
+        found = {self.metric: self.metric_value(stats)}
+        if self.classes is not None and len(stats) == 4:
+            right, count = stats[2:].tolist()
+            found["sequence_accuracy"] = right / count if count else float("nan")
+            if self.loss_name == "cross_entropy" and not self.label_smoothing:
+                found["bits_per_character"] = loss / math.log(2)
+        return found
 
     def _sequence(self, y: Tensor) -> bool:
         return self.classes is not None and y.dim() > 1

@@ -171,6 +171,8 @@ def train(config: Config, folder: Path, arrays: Arrays | None = None, new: bool 
 def logs_of(config: Config, experiment: Experiment, folder: Path, content: dict[str, Any] | None, problems: list[str]) -> Logs:
     """Opens the logs, tells what is to be trained, and where it goes on."""
     values, task, before = config.values, experiment.data.task, _surroundings(folder)
+    if experiment.data.read:
+        folders.add_meta(folder, read=experiment.data.read)
     folders.describe(folder, experiment.environment, ranks.world())
     epochs = sum(epochs_of(phase, values["trainer"]) for phase in experiment.rule.phases())
     record = Jsonl(folder / "metrics.jsonl", content["state"]["lines"] if content else 0)

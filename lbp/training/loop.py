@@ -149,7 +149,7 @@ class Loop:
         record = {"step": self.state.step, "epoch": self.state.epoch + 1, "split": "train", "phase": phase.name,
                   "loss": float(loss) / self.apply.count}
         if isinstance(score, Tensor):
-            record[self.task.metric] = self.task.metric_value(score)
+            record |= self.task.values(record["loss"], score)
         record |= self.measure.record(learned.blocks)
         for layer, values in record["layers"].items():
             self.state.layers.setdefault(layer, {}).update(values)

@@ -56,7 +56,7 @@ class State:
         """Loss and metric over the epoch so far, of all ranks."""
         loss, score = ranks.sums(self.loss, self.score)
         found = {"loss": float(loss) / max(self.targets, 1)}
-        return found | ({task.metric: task.metric_value(score)} if isinstance(score, Tensor) else {})
+        return found | (task.values(found["loss"], score) if isinstance(score, Tensor) else {})
 
 
 class Progress:

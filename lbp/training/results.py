@@ -22,7 +22,7 @@ from lbp.training.setup import Experiment
 
 @torch.no_grad()
 def evaluate(rule: LearningRule, task: Task, split: Split, environment: Environment) -> dict[str, float]:
-    """{"loss": mean over targets, metric: value} of the rule's predictions. Raises Diverged where there are none."""
+    """{"loss": mean over targets, metric: value, what else the task tells} of the rule's predictions. Raises Diverged where there are none."""
     rule.eval()
     loss, score, count = 0.0, 0.0, 0
     for x, y in split.passes():
@@ -37,7 +37,8 @@ def evaluate(rule: LearningRule, task: Task, split: Split, environment: Environm
     loss, score, count = ranks.sums(loss, score, count)
     if float(loss) != float(loss):
         raise Diverged("the loss of an evaluation is not a number: the weights have diverged; lower the learning rate")
-    return {"loss": float(loss) / count, task.metric: task.metric_value(score)}
+    loss = float(loss) / count
+    return {"loss": loss, **task.values(loss, score)}
 
 
 def _best(folder: Path) -> dict[str, Tensor] | None:

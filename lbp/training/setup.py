@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lbp import ranks, registry
 from lbp.algos.rule import GROUPS, LearningRule
@@ -84,7 +85,12 @@ def refuse_early(values: dict[str, Any]) -> None:
 def build_arch(config: dict[str, Any], task: Task, seed: int = 0) -> Network:
     """The network that the arch group describes, on the CPU in fp32; its weights depend on `seed` alone."""
     seed_all(seed, "network")
-    return registry.load("arch", config["name"])(task, **_knobs(config))
+    network = registry.load("arch", config["name"])(task, **_knobs(config))
+    embeds = any(isinstance(m, nn.Embedding) for m in next(iter(network.blocks.values())).modules())
+    if task.symbols and not embeds or task.sequence and list(network.shapes.values())[-1][:-1] != task.in_shape[:1]:
+        asks = f"asks for an answer at each of {task.in_shape[0]} tokens" if task.sequence else "has symbols as inputs"
+        raise Refused(f"arch={config['name']} takes numbers and answers once a sample, and the dataset {asks}; use arch=rnn, lstm, gru or transformer")
+    return network
 
 
 def build_algo(config: dict[str, Any], network: Network, task: Task, seed: int = 0) -> LearningRule:

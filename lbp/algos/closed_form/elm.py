@@ -42,10 +42,13 @@ class ELM(LearningRule):
         for x, y in batches(4096):
             for block in self.network.hidden.values():
                 x = block(x)
+            target = self.task.onehot(y).to(x.dtype)
+            if x.dim() > 2:     # an answer at each token: they are the samples, those that count
+                x, target = x[target.any(-1)], target[target.any(-1)]
             x = torch.cat([x, x.new_ones(len(x), 1)], 1)
             # Each product in the data's precision, their sum in double.
             gram += x.T @ x
-            cross += x.T @ self.task.onehot(y).to(x.dtype)
+            cross += x.T @ target
         ops.over_ranks(gram, cross)
         solution = ridge_solution(gram, cross, self.ridge)
         self.network.head.weight.copy_(solution[:-1].T)

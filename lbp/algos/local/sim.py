@@ -65,7 +65,7 @@ def similarity_maps(network: Network, task, rule: str) -> nn.ModuleDict:
     """For each hidden block a linear map from its activations to others of their shape."""
     ops.classification(task, rule)
     if leading(network, rule):
-        raise Refused(f"algo={rule} compares samples by their one label, and this network answers each token; use algo=local")
+        raise Refused(f"algo={rule} compares samples by their one label, and block head answers each token; use algo=local")
     maps = {}
     for name, shape in tapped_shapes(network, "activation").items():
         if len(shape) == 3:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from lbp.algos import ops
 from lbp.algos.rule import Facts, Learned, LearningRule
+from lbp.errors import Refused
 
 
 class RandomReadout(LearningRule):
@@ -14,6 +15,8 @@ class RandomReadout(LearningRule):
     def __init__(self, network, task, *, scale: float):
         super().__init__(network, task)
         ops.classification(task, "random_readout")
+        if len(list(network.shapes.values())[-1]) > 1:
+            raise Refused("algo=random_readout reads whole samples, and block head answers each token; use algo=local")
         for name, projection in ops.matrices(network, ops.projections(network), "xavier", scale).items():
             self.register_buffer(f"readout_{name}", projection)
 

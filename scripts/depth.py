@@ -1,6 +1,8 @@
 """Accuracy over depth: rules on MNIST with more and more hidden layers, and the plot of it.
 
-    LBP_DATA=... python scripts/depth.py [--depths 2,4,8,16,32] [--width 256] [--epochs 3] [--seeds 1] [--plot depth.png] [RULE ...]
+    LBP_DATA=... python scripts/depth.py [--depths 2,4,8,16,32] [--width 256] [--epochs 3] [--seeds 1] [--plot depth.png] [RULE ...] [KEY=VALUE ...]
+
+A RULE may have settings of its own, joined by +: dni+algo.synthesizer=mlp+algo.norm=batch. KEY=VALUE is for all: arch.norm=batch.
 """
 
 import argparse
@@ -23,13 +25,14 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     depths = [int(depth) for depth in args.depths.split(",")]
+    everywhere = [text for text in args.rules if "=" in text.split("+")[0]]
     found = {}
     print("| rule | " + " | ".join(f"{depth} hidden layers" for depth in depths) + " |\n| --- |" + " --- |" * len(depths))
-    for rule in args.rules:
+    for rule in [text for text in args.rules if text not in everywhere] or RULES:
         found[rule] = []
         for depth in depths:
-            runs = [lbp.run(f"algo={rule}", "dataset=mnist", f"arch.widths=[{','.join([str(args.width)] * depth)}]", f"seed={seed}",
-                            f"trainer.epochs={args.epochs}", "metrics.every=0", "logger.console=off") for seed in range(args.seeds)]
+            runs = [lbp.run(*f"algo={rule}".split("+"), "dataset=mnist", f"arch.widths=[{','.join([str(args.width)] * depth)}]", f"seed={seed}",
+                            f"trainer.epochs={args.epochs}", "metrics.every=0", "logger.console=off", *everywhere) for seed in range(args.seeds)]
             found[rule].append(100 * statistics.mean(run.summary["test_accuracy"] for run in runs))
         print(f"| {rule} | " + " | ".join(f"{value:.1f}" for value in found[rule]) + " |", flush=True)
     if args.plot:

@@ -17,6 +17,7 @@ from torch import nn
 
 from lbp import registry
 from lbp.archs.network import Layer, Network
+from lbp.archs.rnn import Last, Recurrent
 from lbp.datasets.data import Arrays
 from lbp.datasets.task import Task
 from lbp.registry import defaults
@@ -49,10 +50,14 @@ def prefers(algo):
     return {key: yaml.safe_load(value) for key, value in registry.option("algo", algo).prefers.items()}
 
 
+# Rules for recurrent networks alone: their YAMLs choose such an arch.
+RECURRENT = [name for name in ALGOS if "arch" in prefers(name)]
+
+
 def configuration(algo="bp", arch="mlp", optimizer="adam", schedule="constant", **overrides):
     """A resolved configuration; overrides are written group__knob=value, algo's preferences apply."""
     wishes = prefers(algo)
-    optimizer, schedule = wishes.pop("optimizer", optimizer), wishes.pop("schedule", schedule)
+    optimizer, schedule, arch = wishes.pop("optimizer", optimizer), wishes.pop("schedule", schedule), wishes.pop("arch", arch)
     values = {"seed": 0, "plugins": [], "run": {"dir": None, "name": None, "init_from": None}, "dataset": {"name": "arrays", "val_size": 0},
               "arch": defaults("arch", arch), "algo": defaults("algo", algo), "optimizer": defaults("optimizer", optimizer),
               "schedule": defaults("schedule", schedule), "trainer": defaults("trainer", "default"),
@@ -83,8 +88,8 @@ class Log(list):
 
 # ---- tasks, networks, rules
 
-def make_task(in_shape=(6,), outputs=CLASSES, loss="cross_entropy", dtype=torch.float64):
-    return Task("classification", tuple(in_shape), outputs, outputs, loss, 0.0, dtype)
+def make_task(in_shape=(6,), outputs=CLASSES, loss="cross_entropy", dtype=torch.float64, sequence=False):
+    return Task("classification", tuple(in_shape), outputs, outputs, loss, 0.0, dtype, sequence=sequence)
 
 
 def regression(in_shape=(6,), outputs=2, dtype=torch.float64):
@@ -102,6 +107,14 @@ def dense(sizes=(6, 7, 5, 8), outputs=CLASSES, activation=nn.Tanh, norm=None, dr
     for i, (a, b) in enumerate(zip(sizes, sizes[1:]), 1):
         blocks[f"fc{i}"] = Layer(nn.Linear(a, b), norm(b) if norm else None, activation(), dropout)
     return Network({**blocks, "head": nn.Linear(sizes[-1], outputs)}, sizes[:1]).double()
+
+
+def unrolled(sizes=(2, 8, 6), outputs=CLASSES, cell="lstm", dropout=0.0, steps=6, each=False):
+    """A network of recurrent blocks, called as dense's, over sequences of vectors; an answer at the last token, or at each."""
+    blocks = {}
+    for i, (a, b) in enumerate(zip(sizes, sizes[1:]), 1):
+        blocks[f"fc{i}"] = Recurrent(a, b, cell, dropout, read=None if each or i < len(sizes) - 1 else Last())
+    return Network({**blocks, "head": nn.Linear(sizes[-1], outputs)}, (steps, sizes[0])).double()
 
 
 def build(option, network, task, **knobs):

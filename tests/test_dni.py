@@ -1,6 +1,9 @@
 """Synthetic gradients against their equations, in float64: what teaches a block, what a synthesizer learns from, and when."""
 
+import json
 import math
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -360,3 +363,68 @@ def test_blocks_without_the_networks_tokens_are_refused_a_context():
     build("dni", network, make_task())
     with pytest.raises(Refused, match="algo=cdni.*block a"):
         build("cdni", network, make_task())
+
+
+# ---- the critical path, as scripts/timeline.py finds it
+
+@pytest.fixture(scope="module")
+def timeline():
+    return runpy.run_path(str(Path(__file__).parents[1] / "scripts/timeline.py"))
+
+
+@pytest.fixture(scope="module")
+def measured(timeline, tmp_path_factory):
+    """(what was found, the profiler's trace) of four small blocks and a head."""
+    rules = (*timeline["RULES"], "algo=dni+algo.cuts=2+algo.schedule=streaming")
+    trace = tmp_path_factory.mktemp("timeline") / "trace.json"
+    return timeline["measure"](rules, depth=4, width=24, batch=16, rounds=2, trace=trace), trace
+
+
+def test_no_block_with_a_synthesizer_waits_for_a_block_above_it(measured):
+    """Read off the schedule of what was measured: bp waits for all above, the first block longest; dni for none, its synthesizer for one."""
+    found, _ = measured
+    bp, joint, streaming, conditional, unlocked, pairs = found.values()
+    names = [line["block"] for line in bp["blocks"]]
+    assert names == ["fc1", "fc2", "fc3", "fc4", "head"]
+    for rule in found.values():
+        ends = {(piece["kind"], piece["block"]): (piece["start_ms"], piece["end_ms"]) for piece in rule["pieces"]}
+        assert all(ends[tuple(need)][1] <= piece["start_ms"] for piece in rule["pieces"] for need in piece["needs"])
+        assert rule["path_ms"] <= rule["work_ms"] * (1 + 1e-9) and 0 < rule["covered"] <= 1
+    done = [line["update_done_ms"] for line in bp["blocks"]]
+    assert done[0] == max(done) == bp["path_ms"] and all(value > bp["forward_ms"] for value in done)
+    others = sum(p["end_ms"] - p["start_ms"] for p in bp["pieces"] if p["kind"] == "update" and p["block"] != "fc1")
+    assert bp["path_ms"] == pytest.approx(bp["work_ms"] - others)      # nothing but their updates is done meanwhile
+    for i, name in enumerate(names):
+        assert bp["blocks"][i]["waits_for"] == names[i + 1:]
+        assert joint["blocks"][i]["waits_for"] == names[i + 1:]        # one step at the end
+        for rule in (streaming, conditional, unlocked):
+            assert rule["blocks"][i]["waits_for"] == []
+            assert rule["blocks"][i]["synthesizer_waits_for"] == (names[i + 1:i + 2] if name != "head" else None)
+    assert [line["waits_for"] for line in pairs["blocks"]] == [["fc2"], [], ["fc4"], [], []]
+    assert [line["forward_starts_ms"] > 0 for line in streaming["blocks"]] == [False, True, True, True, True]
+    of = {(p["kind"], p["block"]): p for p in unlocked["pieces"]}
+    for above, cut in zip(names[1:], names):    # a block's forward pass needs its model's guess alone
+        assert of["forward", above]["needs"] == (("input model", cut),) and not of["input model", cut]["needs"]
+
+
+def test_the_real_steps_order_is_in_the_profilers_trace(measured):
+    """The spans, in the order in which a streaming step of the rule made them."""
+    name, (_, trace) = "cdni, streaming", measured
+    spans = sorted((event["ts"], event["name"].removeprefix(f"{name}: ")) for event in json.loads(trace.read_text())["traceEvents"]
+                   if event.get("cat") == "user_annotation" and event["name"].startswith(f"{name}: "))
+    step = [span for _, span in spans][: len(spans) // 3][1:]       # three were profiled; the first span is the whole
+    expected = []
+    for block, below in zip(("fc1", "fc2", "fc3", "fc4", "head"), ("", "fc1", "fc2", "fc3", "fc4")):
+        expected += [f"forward {block}", *[f"synthesizer {block}"] * (block != "head"), f"backward {block}"]
+        expected += [f"regression {below}"] * bool(below) + [f"forward update of {block}"] + [f"feedback update of {below}"] * bool(below)
+    assert step == expected
+
+
+def test_a_schedule_by_hand(timeline):
+    """Two devices: b needs a and waits for nothing else; c waits until its device is free; d for both."""
+    piece = timeline["Piece"]
+    pieces = [piece("forward", "a", "one", ()), piece("backward", "c", "two", ()), piece("forward", "b", "two", (("forward", "a"),)),
+              piece("update", "d", "one", (("forward", "b"), ("backward", "c")))]
+    times = {("forward", "a"): 2., ("backward", "c"): 5., ("forward", "b"): 1., ("update", "d"): 4.}
+    assert timeline["schedule"](pieces, times) == {("forward", "a"): (0, 2), ("backward", "c"): (0, 5), ("forward", "b"): (5, 6),
+                                                   ("update", "d"): (6, 10)}

@@ -151,7 +151,7 @@ def test_wandb_has_them_apart_from_those_of_batches():
 
 
 def test_the_console_shows_them(tmp_path):
-    console = Console(tmp_path / "log.txt", 3, "accuracy", False, "off")
+    console = Console(tmp_path / "log.txt", 3, ["accuracy"], False, "off")
     console.write({"step": 7, "epoch": 1, "split": "train_epoch", "loss": 0.5, "layers": {"fc1": {"alignment_deg": 41.2}, "head": {}}})
     console.close("done", {})
     assert "angle to bp fc1 41" in (tmp_path / "log.txt").read_text()

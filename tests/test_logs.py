@@ -272,7 +272,7 @@ def test_asked_for_and_not_possible_is_told(capsys):
 
 
 def made(epochs=20, layers=4, name="fc{}", **values):
-    shown = live.View(epochs, "accuracy")
+    shown = live.View(epochs, ["accuracy"])
     shown.state = State(step=1240, epoch=2, batch=24, samples=5000, targets=300, **values)
     shown.steps, shown.total, shown.memory_mb, shown.encoding = 101, 9000, lambda: 812.3, "utf-8"
     shown.began, shown.first, shown.samples = time.monotonic() - 9.3, 0, live.deque([(time.monotonic() - 1, 0)])
@@ -318,7 +318,7 @@ def test_a_terminal_that_takes_nothing_holds_nobody_up(monkeypatch):
     stuck = threading.Event()
     monkeypatch.setattr(sys, "stdout", tty := Tty())
     monkeypatch.setattr(sys, "stderr", Tty())
-    shown = live.View(2, "accuracy")
+    shown = live.View(2, ["accuracy"])
     shown.follow(State(), 10, 20, lambda: 1.0)
     tty.write = lambda text: stuck.wait(30)     # Ctrl-S
     before = time.monotonic()

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (ALGOS, CLASSES, Log, arrays, batch, build, configuration, dense, make_task, solves, stepper,
-                      task_of, tensors)
+from conftest import (ALGOS, CLASSES, RECURRENT, Log, arrays, batch, build, configuration, dense, make_task, solves, stepper,
+                      task_of, tensors, unrolled)
 from torch import nn
 
 from lbp.algos.baseline.bp import BP
@@ -369,8 +369,9 @@ def test_measuring_changes_nothing_of_the_training(name, knobs, tmp_path):
 
 @pytest.mark.parametrize("name", ALGOS)
 def test_every_measured_value_is_a_finite_number(name):
-    task = task_of(name)
-    rule = build(name, dense(), task)
+    network = unrolled() if name in RECURRENT else dense()
+    task = task_of(name, network.in_shape)
+    rule = build(name, network, task)
     if solves(rule):
         pytest.skip(f"{name} solves: no batch of it is measured")
     record, _ = measured(rule, *batch(task), lr=.01)

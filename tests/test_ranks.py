@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ALGOS, CLASSES, Log, build, configuration, dense, make_task, prefers, stepper
+from conftest import ALGOS, CLASSES, RECURRENT, Log, build, configuration, dense, make_task, prefers, stepper, unrolled
 
 import lbp
 from lbp import ranks, registry
@@ -63,7 +63,7 @@ def masked(algo):
     def made():
         values = configuration(algo, metrics__every=1, trainer__epochs=2)
         torch.manual_seed(3)
-        network, task = dense((6, 7, 8)), make_task((5, 6))
+        network, task = unrolled((6, 7, 8), steps=5, each=True) if algo in RECURRENT else dense((6, 7, 8)), make_task((5, 6), sequence=algo in RECURRENT)
         network = type(network)(dict(network.blocks), (5, 6)).double()
         x, y = torch.randn(16, 5, 6, dtype=torch.float64), torch.randint(CLASSES, (16, 5))
         y[torch.rand(16, 5) < .4] = MASKED
@@ -86,10 +86,11 @@ def with_nan(made):
 
 PAIR = {
     # batch norms see each rank's own rows: without them where a rule prefers them
-    **{algo: mlp(algo, **{"arch__norm": "none"} if prefers(algo).get("arch.norm") == "batch" else {}) for algo in ALGOS},
+    **{algo: mlp(algo, **{"arch__norm": "none"} if prefers(algo).get("arch.norm") == "batch" else {}) for algo in ALGOS if algo not in RECURRENT},
+    **{algo: cnn(algo, arch__width=6) for algo in RECURRENT},
     **{f"{algo} cnn": cnn(algo) for algo in ("bp", "ldrl", "local", "forward_forward", "elm")},
     **{f"{algo} regression": mlp(algo, vectors(targets=2), arch__activation="tanh") for algo in ("bp", "dfa", "ldrl", "elm")},
-    **{f"{algo} masked": masked(algo) for algo in ("bp", "dfa")},
+    **{f"{algo} masked": masked(algo) for algo in ("bp", "dfa", "tbptt_dni")},
     **{f"{algo} odd": mlp(algo, trainer__batch_size=7) for algo in ("bp", "local", "ldrl", "forward_forward")},
     **{f"{algo} nan": with_nan(mlp(algo, trainer__on_nonfinite="skip")) for algo in ("bp", "kp", "local", "forward_forward", "ldrl")},
     "small": mlp("dfa", vectors(5)),

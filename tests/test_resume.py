@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ALGOS
+from conftest import ALGOS, RECURRENT
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 from kill_test import STEPS, TINY, armed, fingerprint, sha
@@ -62,7 +62,8 @@ def command(*words):
 
 
 def settings(algo, *more):
-    return (f"algo={algo}", *TINY, *(() if algo in SOLVERS else STEPS), *more)
+    tiny = [word for word in TINY if not word.startswith("arch.widths")] + ["arch.width=12"] if algo in RECURRENT else TINY
+    return (f"algo={algo}", *tiny, *(() if algo in SOLVERS else STEPS), *more)
 
 
 def train(algo, *more, to="run"):

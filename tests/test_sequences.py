@@ -3,23 +3,31 @@
 import hashlib
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ALGOS, configuration, defaults, task_of
+from conftest import ALGOS, Log, changed, configuration, defaults, learned, stepper, task_of, tensors, train
 from test_contracts import two_steps
+from test_oracles import assert_same
 from torch import nn
 
-from lbp import registry
+from lbp import cli, registry
 from lbp.archs.rnn import Recurrent
 from lbp.datasets.data import COMMON, Arrays, load
 from lbp.datasets.task import MASKED, Task
 from lbp.errors import ConfigError, DataError, Refused
+from lbp.launch.one import result_lines
+from lbp.logs.console import Console
+from lbp.logs.live import View, flow
+from lbp.logs.wandb import flat
+from lbp.report.compare import SMALL_IS_GOOD
+from lbp.training import loop
 from lbp.training.results import evaluate
-from lbp.training.setup import build, build_algo, build_arch
+from lbp.training.setup import build, build_algo, build_arch, refuse_early
 
 CELLS = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
 SEQUENTIAL = [*CELLS, "transformer"]
@@ -269,24 +277,231 @@ def test_an_lstm_learns_to_copy_three_symbols():
 
 # ---- rules
 
-MUST = {name: set(SEQUENTIAL) for name in ("bp", "fa", "dfa", "local", "shallow")}
+MUST = {name: set(SEQUENTIAL) for name in ("bp", "fa", "dfa", "dkp", "kp", "wm", "usf", "frsf", "brsf", "local", "mono_forward", "greedy", "dgl",
+                                           "ddtp_linear", "machines", "mixed", "dni", "cdni", "es", "genetic", "elm", "shallow")}
+MUST |= {name: set(CELLS) for name in ("drtp", "sdfa")}      # of images by rows: vectors of symbols have no bounds
+# What a sample asks for: an answer at each token (copy, text), one (argmax), a number (adding), one of an image by rows.
+ASKED = {"each": lambda loss, dtype: words(True, 5, loss, dtype), "one": lambda loss, dtype: words(False, 5, loss, dtype),
+         "real": lambda loss, dtype: Task("regression", (5,), 1, None, "mse", 0.0, dtype, symbols=5),
+         "rows": lambda loss, dtype: Task("classification", (1, 5, 6), 4, 4, loss, 0.0, dtype)}
 
 
-@pytest.mark.parametrize("sequence", [True, False], ids=["each", "one"])
+def asked(kind, loss="cross_entropy", dtype=torch.float64, n=4):
+    """(task, x, y); where each token is asked, the first two are masked."""
+    task = ASKED[kind](loss, dtype)
+    x = torch.randint(0, 5, (n, 5)) if task.symbols else torch.randn(n, *task.in_shape, dtype=dtype)
+    y = torch.randn(n, 1, dtype=dtype) if kind == "real" else torch.randint(0, 4, (n, 5) if kind == "each" else (n,))
+    if kind == "each":
+        y[:, :2] = MASKED
+    return task, x, y
+
+
+def network_for(arch, task):
+    return make(arch, task, **{} if task.symbols or arch == "transformer" else {"embedding": None})
+
+
+def follow(said, name, arch, task):
+    """Builds what a refusal says to use in place of the rule, or of the arch: of each, what it names."""
+    remedy = said.rpartition("use ")[2]
+    algos, archs, knobs = (re.findall(rf"{group}=(\w+)", remedy) for group in ("algo", "arch", r"arch\.\w+"))
+    assert algos or archs, said
+    for other in algos:
+        build_algo(defaults("algo", other), network_for(arch, task), task)
+    for other in archs:
+        settings = dict(zip(re.findall(r"arch\.(\w+)=", remedy), knobs))
+        build_algo(defaults("algo", name), build_arch(defaults("arch", other) | settings, task).to(task.dtype), task)
+
+
+@pytest.mark.parametrize("kind", ASKED)
 @pytest.mark.parametrize("arch", SEQUENTIAL)
 @pytest.mark.parametrize("name", ALGOS)
-def test_every_rule_trains_on_symbols_or_says_why_not(name, arch, sequence):
-    wanted = task_of(name)
-    task = words(sequence, loss=wanted.loss_name, dtype=torch.float32)
+def test_every_rule_trains_on_sequences_or_says_why_not_and_what_does(name, arch, kind):
+    task, x, y = asked(kind, task_of(name).loss_name, torch.float32)
     try:
-        rule = build_algo(defaults("algo", name), make(arch, task), task)
+        rule = build_algo(defaults("algo", name), network_for(arch, task), task)
     except Refused as refused:
-        assert f"algo={name}" in str(refused) and ("block " in str(refused) or "arch=" in str(refused))
-        assert arch not in MUST.get(name, ()), str(refused)
+        said = str(refused)
+        assert f"algo={name}" in said and ("block " in said or "arch=" in said or "regression" in said)
+        assert arch not in MUST.get(name, ()) or name in ("drtp", "sdfa") and kind != "rows", said
+        follow(said, name, arch, task)
         return
-    y = torch.randint(0, 4, (4, 6))
-    y[:, 0] = MASKED
-    two_steps(rule, torch.randint(0, 5, (4, 6)), y if sequence else y[:, 1])
+    two_steps(rule, x, y)
+    two_steps(build_algo(defaults("algo", name), network_for(arch, task), task), x, y, bf16=True)
+
+
+def test_refusals_of_rules_on_symbols():
+    task = words(False)
+    for knobs, says in (({"name": "sigprop", "signal": "label"}, "algo.signal=label.*block embed.*algo.signal=both"),
+                        ({"name": "dni", "inputs": True}, "algo=dni with algo.inputs=true.*symbols.*algo.inputs=false"),
+                        ({"name": "machines", "theta": "autoencode"}, "block embed: algo.theta=autoencode rebuilds numbers.*symbols")):
+        with pytest.raises(Refused, match=says):
+            build_algo(defaults("algo", knobs["name"]) | knobs, make("lstm", task), task)
+    for arch in ("cnn", "lenet", "vit", "resnet20", "vgg8b", "torchvision", "mlp", "reversible", "ensemble"):
+        with pytest.raises(Refused, match=rf"arch={arch.rstrip('0123456789b')}.* use arch=rnn, arch=lstm, arch=gru or arch=transformer$"):
+            build_arch(defaults("arch", arch), task)
+    # Before any data is read it is not known whether they are symbols: what is said then is true of both.
+    with pytest.raises(Refused, match="algo=dtp .*block rnn1.* use algo=dfa or algo=local, which train any arch$"):
+        refuse_early({"algo": defaults("algo", "dtp"), "arch": defaults("arch", "lstm"), "dataset": {}})
+    with pytest.raises(Refused, match="algo=dtp .*use arch=mlp$"):
+        refuse_early({"algo": defaults("algo", "dtp"), "arch": defaults("arch", "resnet20"), "dataset": {}})
+
+
+@pytest.mark.parametrize("typed, code, says", [
+    (["arch=mlp", "dataset=copy"], 2, "use arch=rnn"), (["arch=lstm", "dataset=iris"], 2, "use arch=mlp"),
+    (["arch=lstm", "dataset=copy", "algo=ccl"], 2, "use algo=dfa"),
+    (["arch=lstm", "dataset=copy", "dataset.normalize=standard"], 2, "dataset.normalize=standard"),
+    (["arch=lstm", "dataset=text", "dataset.file=/nonexistent"], 3, "/nonexistent")], ids=str)
+def test_what_cannot_be_is_told_before_anything_is_written(typed, code, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", *typed]) == code
+    assert says in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def backprop_of(network, task, x, y):
+    task.loss(network(x), y).sum().backward()
+    found = {f"network.{name}": p.grad for name, p in network.named_parameters()}
+    network.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("kind", ASKED)
+@pytest.mark.parametrize("arch", ["lstm", "gru", "transformer"])
+@pytest.mark.parametrize("name", ["fa", "kp", "wm", "frsf", "machines"])
+def test_feedback_by_the_weights_is_backprop(name, arch, kind):
+    """Of every parameter: embeddings, both matrices of each recurrent layer through all steps, and attention's."""
+    task, x, y = asked(kind)
+    network = network_for(arch, task)
+    rule = build_algo(defaults("algo", name) | ({"decay": 0.0} if name == "kp" else {}), network, task)
+    if name != "machines":      # whose way down is the transposed weights themselves
+        pairs = zip(rule.sites.values(), rule.backward_weights) if name == "kp" else rule.pairs().values()
+        with torch.no_grad():
+            for weight, b in pairs:
+                b.copy_(weight)
+            if name == "frsf":  # of which B is made, by the weights' signs
+                for site, weight in rule.sites.items():
+                    getattr(rule, site.replace(".", "_")).copy_(weight.abs())
+        for part in ("input", "recurrent") if arch != "transformer" else ("query",):
+            assert any(f".{part}." in site for site in rule.sites)
+    expected = backprop_of(network, task, x, y)
+    found = {n: g for n, g in learned(rule, x, y)[1].items() if n.startswith("network.")}
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["each", "one"])
+@pytest.mark.parametrize("name", ["dfa", "dkp", "ddtp_linear"])
+def test_direct_feedback_reaches_each_token_by_one_matrix(name, kind):
+    """The signal at a token is that token's own error through B, and nothing where the token is masked; a recurrent block carries it
+    back through its own steps. Where one answer is asked, the tokens of blocks below have columns of B of their own."""
+    task, x, y = asked(kind)
+    network = make("lstm", task)
+    rule = build_algo(defaults("algo", name) | ({"feedback_steps": 0} if name == "ddtp_linear" else {}), network, task)
+    found = learned(rule, x, y)[1]
+    error = task.error(network(x), y)
+    assert kind == "one" or not error[:, :2].any()
+    h = x
+    for block, module in network.hidden.items():
+        matrix = rule.matrix(block) if name == "dfa" else rule.matrices[block]
+        out = module(h)
+        assert matrix.shape == (4, out[0].numel() if kind == "one" else out.shape[-1])
+        signal = torch.stack([torch.stack([e @ matrix for e in row]) if kind == "each" else (row @ matrix).view(out.shape[1:]) for row in error])
+        expected = torch.autograd.grad(out, list(module.parameters()), signal.detach())
+        h = out.detach()
+        for (parameter, _), g in zip(module.named_parameters(), expected, strict=True):
+            torch.testing.assert_close(found[f"network.blocks.{block}.{parameter}"], g, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["each", "one"])
+@pytest.mark.parametrize("arch", ["lstm", "transformer"])
+@pytest.mark.parametrize("name", ["local", "mono_forward", "dgl"])
+def test_local_losses_answer_each_token_and_cross_no_block(name, arch, kind):
+    """Each block's gradient is that of its own classifier's loss over the tokens that count, whatever stands above."""
+    task, x, y = asked(kind)
+    network = make(arch, task)
+    rule = build_algo(defaults("algo", name), network, task)
+    result, found = learned(rule, x, y)
+    h = x
+    for block, module in network.hidden.items():
+        out = module(h)
+        answer = rule.heads[block](out)
+        assert answer.shape == ((4, 5, 4) if kind == "each" else (4, 4))
+        loss = nn.functional.cross_entropy(answer.flatten(0, -2), y.flatten(), ignore_index=MASKED, reduction="sum")
+        for (parameter, p), g in zip(module.named_parameters(), torch.autograd.grad(loss, list(module.parameters()), retain_graph=True)):
+            torch.testing.assert_close(found[f"network.blocks.{block}.{parameter}"], g, rtol=1e-9, atol=1e-12)
+        assert result.blocks[block]["local_loss"].item() == pytest.approx(float(loss.detach()) / task.count(y))
+        h = out.detach()
+
+
+LEARNERS = [name for name in ALGOS if not registry.entry("algo", registry.option("algo", name).name).facts.get("closed_form")]
+
+
+@pytest.mark.parametrize("kind", ["each", "one"])
+@pytest.mark.parametrize("name", LEARNERS)
+def test_all_that_a_rule_says_it_trains_learns(name, kind):
+    """The embedding, both recurrent matrices of all layers, heads and feedback: none is left where it was, or out of the batch."""
+    task, x, y = asked(kind, task_of(name).loss_name, n=16)
+    try:
+        rule = build_algo(defaults("algo", name), make("lstm", task), task)
+    except Refused:
+        pytest.skip("refused, as another test says")
+    names = {id(p): n for n, p in rule.named_parameters()}
+    grouped = {names[id(p)] for parameters in rule.groups().values() for p in parameters}
+    before = tensors(rule)
+    train(rule, [(x, y)] * 6, stepper(rule, lr=.1))     # synthesizers begin at 0: what they say sinks a block a step
+    assert grouped <= changed(before, rule)
+    # A rule that moves a hidden block moves all of them, but for what its own page calls frozen.
+    moved = {n.split(".")[2] for n in changed(before, rule) if n.startswith("network.blocks.")} - {"head"}
+    assert moved in (set(), set(rule.network.hidden))
+
+
+# ---- what a user sees
+
+def small_run(tmp_path, **overrides):
+    values = configuration("bp", "lstm", arch__width=6, metrics__every=1, **overrides)
+    values["dataset"] = defaults("dataset", "copy") | {"name": "copy", "n": 40, "n_test": 10}
+    experiment, log = build(values), Log()
+    return experiment, log, loop.train(experiment, log, tmp_path)
+
+
+@pytest.mark.parametrize("each_epoch", [True, False])
+def test_all_that_the_task_tells_is_in_each_record(each_epoch, tmp_path, capsys):
+    experiment, log, summary = small_run(tmp_path, metrics__test=each_epoch)
+    told = experiment.data.task.metrics
+    assert told == ("accuracy", "sequence_accuracy", "bits_per_character")
+    assert {record["split"] for record in log} >= {"train", "train_epoch", "val", "test"}
+    for record in log:
+        assert {"loss", *told} <= set(record), record["split"]
+        assert {f"{name}/{record['split']}" for name in told} <= set(flat(record))
+    for split in ("train", "val", "test"):
+        assert {f"{split}_{name}" for name in told} <= set(summary)
+    assert summary["test_bits_per_character"] == pytest.approx(summary["test_loss"] / math.log(2))
+    line, _ = result_lines(summary, told, tmp_path)
+    console = Console(tmp_path / "log.txt", 1, told, True, "auto")
+    view = View(1, told)
+    for record in log:
+        console.write(record)
+        view.write(record)
+    console.close("done", summary)
+    epoch = capsys.readouterr().out
+    for name in told[1:]:
+        assert f"{name} {summary[f'test_{name}']:.4f}" in line and epoch.count(f" {name} {summary[f'val_{name}']:.4f}") == 1
+    rows = [row.plain for row in flow(view._results(), 79)]
+    assert all(len(row) < 80 for row in rows)
+    assert all(f"{split:<5} {name} {summary[f'{split}_{name}']:.4f}" in "\n".join(rows) for split in ("val", "test") for name in told[1:])
+    assert SMALL_IS_GOOD.search("test_bits_per_character") and not SMALL_IS_GOOD.search("test_sequence_accuracy")
+
+
+def test_regression_tells_its_own_metric_alone():
+    assert ASKED["real"]("mse", torch.float32).metrics == ("r2",)
+    assert words(loss="mse").metrics == ("accuracy", "sequence_accuracy")      # bits are of the cross entropy
+
+
+@pytest.mark.parametrize("arch", SEQUENTIAL)
+def test_a_trained_network_is_exported_for_any_batch(arch):
+    task, x, _ = asked("each", dtype=torch.float32)
+    network = make(arch, task).eval()
+    program = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    more = torch.randint(0, 5, (7, 5))
+    torch.testing.assert_close(program(more), network(more))
 
 
 def test_the_ngram_script_on_a_text_whose_answer_is_known(tmp_path):

@@ -15,6 +15,7 @@ from lbp.archs.init import draw
 from lbp.archs.network import CONVOLUTIONS, Layer, Network, block_of, hard_between
 from lbp.errors import Refused
 
+MLP, ANY_ARCH = "use arch=mlp", "use algo=dfa or algo=local, which train any arch"
 BOUNDED = {nn.Tanh, nn.Sigmoid, nn.Hardtanh, nn.Softsign, nn.Softmax}
 
 # Another backward operator ---------------------------------------------------------------------------------------
@@ -281,27 +282,40 @@ def full_precision(x: Tensor) -> torch.autocast:
 # Stacks of blocks ------------------------------------------------------------------------------------------------
 
 
+def elsewhere(network: Network) -> str:
+    """How a refusal ends that wants plain layers, or one answer a sample. Symbols, and answers at each token, leave no other arch."""
+    symbols = len(network.in_shape) == 1 and any(isinstance(m, nn.Embedding) for m in next(iter(network.blocks.values())).modules())
+    tokens = len(list(network.shapes.values())[-1]) > 1
+    return ANY_ARCH if symbols or tokens else MLP
+
+
 def plain_layers(network: Network, rule: str, of: tuple[type, ...] = (nn.Linear, *CONVOLUTIONS)) -> dict[str, Layer]:
     """The hidden blocks, all of them plain Layers around a module of the types `of`; raises Refused otherwise."""
     for name, block in network.hidden.items():
         if not isinstance(block, Layer) or not isinstance(block.linear, of):
             kinds = " or ".join(t.__name__ for t in of)
             raise Refused(f"algo={rule} needs plain layers ({kinds}, norm, activation, pool); "
-                          f"block {name} is a {type(getattr(block, 'linear', block)).__name__}; use arch=mlp")
+                          f"block {name} is a {type(getattr(block, 'linear', block)).__name__}; {elsewhere(network)}")
     return network.hidden
 
 
 def bounded(network: Network, rule: str, why: str) -> None:
-    """Raises Refused where a hidden block has an activation without bounds on both sides, or none at all."""
+    """Raises Refused where a hidden block has an activation without bounds on both sides, or none at all. A block of another kind, as
+    a recurrent one, may say itself that it is `bounded`."""
+    plain = all(isinstance(block, Layer) for block in network.hidden.values())
     for name, block in network.hidden.items():
+        if getattr(block, "bounded", False):
+            continue
         kinds = {type(m) for m in block.modules() if type(m).__module__ == nn.Tanh.__module__}
         if not kinds or not kinds <= BOUNDED:
             found = ", ".join(sorted(kind.__name__ for kind in kinds)) or "none"
             raise Refused(f"{rule} needs bounded activations (tanh, sigmoid, hardtanh): block {name} has {found}, and {why} then drives "
-                          "its units without end, which is no direction of descent; set arch.activation=tanh, or use arch=mlp")
+                          "its units without end, which is no direction of descent; "
+                          + ("set arch.activation=tanh, or use arch=mlp with it" if plain else
+                             elsewhere(network).replace(MLP, f"{MLP} with arch.activation=tanh")))
 
 
 def classification(task, rule: str) -> None:
     """Raises Refused where the task has no classes."""
     if task.kind != "classification":
-        raise Refused(f"algo={rule} needs classes; this dataset is a {task.kind} task")
+        raise Refused(f"algo={rule} needs classes; this dataset is a {task.kind} task: use algo=dfa or algo=local, which take real targets")

@@ -44,6 +44,8 @@ class Recurrent(nn.Module):
     `read`: as `forward` steps, from `state(n)`.
     """
 
+    bounded = True      # outputs lie between -1 and 1, whatever the weights
+
     def __init__(self, inputs: int, width: int, cell: str, dropout: float = 0.0, incoming: nn.Module | None = None,
                  read: nn.Module | None = None):
         super().__init__()
@@ -73,7 +75,7 @@ class Recurrent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.incoming(x)
-        return self.read(self.run(x, self.state(len(x)))[0])
+        return self.read(self.run(x, self.state(x.shape[0]))[0])      # not len(x), which torch.export would fix
 
     def _next(self, a: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The state after a token whose part in the gates, by the input weights, is `a`."""

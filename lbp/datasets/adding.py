@@ -3,7 +3,7 @@
 import numpy as np
 
 from lbp.datasets.data import Arrays
-from lbp.datasets.drawn import lengths
+from lbp.datasets.drawn import curriculum, lengths
 
 
 def digits_then_end(n: int, digits: int, low: int, high: int, seed: int, dataset: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -16,9 +16,11 @@ def digits_then_end(n: int, digits: int, low: int, high: int, seed: int, dataset
     return x, np.where(there, drawn, -1), sizes
 
 
-def adding(*, n: int, n_test: int, digits: int, min_length: int, max_length: int, seed: int) -> Arrays:
+def adding(*, n: int, n_test: int, digits: int, min_length: int, max_length: int, start_length: int | None, grow_every: int,
+           seed: int) -> Arrays:
     """x (N, max_length + 1) of `digits` + 2 symbols: blanks first, then L digits 0 .. digits - 1 and the end flag; y (N, 1)
     their sum. L is uniform."""
-    x, drawn, _ = digits_then_end(n + n_test, digits, min_length, max_length, seed, "adding")
+    x, drawn, sizes = digits_then_end(n + n_test, digits, min_length, max_length, seed, "adding")
     y = drawn.clip(0).sum(1, keepdims=True).astype(np.float64)
-    return Arrays(x[:n], y[:n], x[n:], y[n:], "sequence", symbols=digits + 2)
+    growth = curriculum(sizes[:n], start_length, grow_every, min_length, max_length, "adding")
+    return Arrays(x[:n], y[:n], x[n:], y[n:], "sequence", symbols=digits + 2, **growth)

@@ -3,10 +3,11 @@
 import numpy as np
 
 from lbp.datasets.data import Arrays
-from lbp.datasets.drawn import lengths, names, unasked
+from lbp.datasets.drawn import curriculum, lengths, names, unasked
 
 
-def copy(*, n: int, n_test: int, symbols: int, min_length: int, max_length: int, seed: int) -> Arrays:
+def copy(*, n: int, n_test: int, symbols: int, min_length: int, max_length: int, start_length: int | None, grow_every: int,
+         seed: int) -> Arrays:
     """Inputs of 2 max_length + 1 tokens: L symbols, an end flag, blanks; the label at the i-th blank is the i-th symbol.
 
     L is uniform. Nothing else is asked, neither before the flag nor after the L-th blank. The seed's rows of bits are
@@ -19,4 +20,5 @@ def copy(*, n: int, n_test: int, symbols: int, min_length: int, max_length: int,
     for row, (size, values) in enumerate(zip(sizes, drawn)):
         x[row, :size], x[row, size] = values[:size], flag
         y[row, size + 1 : 2 * size + 1] = values[:size]
-    return Arrays(x[:n], y[:n], x[n:], y[n:], "sequence", names(symbols), symbols=symbols + 2)
+    growth = curriculum(sizes[:n], start_length, grow_every, min_length, max_length, "copy")
+    return Arrays(x[:n], y[:n], x[n:], y[n:], "sequence", names(symbols), symbols=symbols + 2, **growth)

@@ -33,7 +33,8 @@ class Arrays:
     nothing is asked; else (N,) or (N, k) real targets. Without x_test and y_test, `load` cuts a
     fixed fifth for testing. `white` is an image's greatest possible value: 255 for uint8, and by default what
     the training split reaches. `contiguous`: samples are parts of one whole, in order, and validation is their
-    end. `read`: {file: sha256} of what meta.json should tell.
+    end. `read`: {file: sha256} of what meta.json should tell. `lengths` (N,) of the training samples and `growth` go together:
+    (start, every) has epoch e drawn from those of length <= start + e // every alone.
     """
 
     x: np.ndarray | Tensor
@@ -47,6 +48,8 @@ class Arrays:
     symbols: int | None = None
     contiguous: bool = False
     read: dict[str, str] | None = None
+    lengths: np.ndarray | None = None
+    growth: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, x, y, x_test=None, y_test=None) -> "Arrays":
@@ -72,11 +75,14 @@ class Arrays:
 
 class Split:
     """x (N, *in_shape) and y (N,) labels or (N, k) targets, both resident on the device. `source` (N,): where each
-    sample stands in the dataset. Without `shuffle` every epoch takes them as they stand here."""
+    sample stands in the dataset. Without `shuffle` every epoch takes them as they stand here. With `lengths` (N,) and
+    `growth`, (start, every), epoch e takes those of length <= start + e // every alone, as often as it needs to be as long as others."""
 
     def __init__(self, x: Tensor, y: Tensor, *, batch_size: int, seed: int = 0, augment: Augment | None = None,
-                 black: Tensor | None = None, source: Tensor | None = None, shuffle: bool = True):
+                 black: Tensor | None = None, source: Tensor | None = None, shuffle: bool = True, lengths: Tensor | None = None,
+                 growth: tuple[int, int] | None = None):
         self.x, self.y, self.seed, self.augment, self.black, self.shuffle = x, y, seed, augment, black, shuffle
+        self.lengths, self.growth = lengths, growth
         self.source = torch.arange(len(x)) if source is None else source
         self.batch_size = min(batch_size, len(x))
 
@@ -97,7 +103,13 @@ class Split:
         """The samples in the order of an epoch's batches."""
         if not self.shuffle:
             return torch.arange(len(self.x))
-        return torch.randperm(len(self.x), generator=generator("order", self.seed, epoch))
+        rng = generator("order", self.seed, epoch)
+        if self.growth is None:
+            return torch.randperm(len(self.x), generator=rng)
+        start, every = self.growth
+        rows = (self.lengths <= start + epoch // every).nonzero().flatten()
+        again = -(-len(self.x) // len(rows))
+        return torch.cat([rows[torch.randperm(len(rows), generator=rng)] for _ in range(again)])[: len(self.x)]
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Full batches in an order that is a pure function of (seed, epoch), augmented; the tail is dropped. Of
@@ -167,6 +179,9 @@ def load(cfg: dict, *, seed: int, batch_size: int, device="cpu", dtype: torch.dt
                           f"{arrays.kind}s: remove them")
     if arrays.kind == "sequence" and arrays.classes is not None and cfg["normalize"] != "none":
         raise ConfigError(f"dataset.normalize={cfg['normalize']}: symbols of dataset={name} have no scale; set it to none")
+    if arrays.growth and not shuffle:
+        raise ConfigError(f"trainer.shuffle=false: dataset.start_length={arrays.growth[0]} draws each epoch's samples from those that are "
+                          "short enough, so there is no order to keep; leave one of the two out")
     if cfg["resize"]:
         arrays = replace(arrays, x=_resized(arrays.x, cfg["resize"]),
                          x_test=None if arrays.x_test is None else _resized(arrays.x_test, cfg["resize"]))
@@ -179,6 +194,12 @@ def load(cfg: dict, *, seed: int, batch_size: int, device="cpu", dtype: torch.dt
     train, val = _divided(y, pool, cfg, seed, name, arrays.contiguous)
     if not shuffle:
         train = train.sort().values     # a split is cut off at random, which mixes
+    growth: dict = {}
+    if arrays.growth:
+        growth = {"growth": arrays.growth, "lengths": torch.as_tensor(arrays.lengths)[train]}
+        if int(growth["lengths"].min()) > arrays.growth[0]:
+            raise ConfigError(f"dataset.start_length={arrays.growth[0]}: none of the {len(train):,} training samples of dataset={name} is so "
+                              "short; raise it, or dataset.n")
 
     if kind != "sequence":
         shift, scale = _scaling(x, train, cfg["normalize"], kind, arrays.white)
@@ -198,7 +219,7 @@ def load(cfg: dict, *, seed: int, batch_size: int, device="cpu", dtype: torch.dt
     task = Task("regression" if regression else "classification", tuple(x.shape[1:]), classes or y.shape[1],
                 classes, loss, cfg["label_smoothing"], dtype, arrays.symbols, classes is not None and y.dim() > 1)
     black = (-shift / scale)[0].to(device, dtype) if kind == "image" else None
-    return Data(name, task, split(x, y, train, augment=augment or None, black=black, shuffle=shuffle),
+    return Data(name, task, split(x, y, train, augment=augment or None, black=black, shuffle=shuffle, **growth),
                 split(x, y, val) if len(val) else None, split(x_test, y_test, held), arrays.classes,
                 cfg["normalize"], arrays.read)
 

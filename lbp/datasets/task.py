@@ -53,6 +53,12 @@ class Task:
     def metric(self) -> str:
         return "accuracy" if self.kind == "classification" else "r2"
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of all that `values` tells, the metric first."""
+        bits = self.loss_name == "cross_entropy" and not self.label_smoothing
+        return (self.metric, *["sequence_accuracy"] * self.sequence, *["bits_per_character"] * (self.sequence and bits))
+
     def onehot(self, y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The target as a vector: one-hot labels (..., C) without smoothing, zeros where masked; real targets
         as they are."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import traceback
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +148,7 @@ def train(config: Config, folder: Path, arrays: Arrays | None = None, new: bool 
                     summary = {"status": status, **{kind: config.options[kind] for kind in ("algo", "dataset", "arch")},
                                "seed": values["seed"], **found}
                     folders.write_json(folder / "summary.json", summary)
-                    for line in result_lines(summary, experiment.data.task.metric, folder):
+                    for line in result_lines(summary, experiment.data.task.metrics, folder):
                         log.logs[1].line(line)
             return experiment
         except BaseException as error:
@@ -176,7 +177,7 @@ def logs_of(config: Config, experiment: Experiment, folder: Path, content: dict[
     folders.describe(folder, experiment.environment, ranks.world())
     epochs = sum(epochs_of(phase, values["trainer"]) for phase in experiment.rule.phases())
     record = Jsonl(folder / "metrics.jsonl", content["state"]["lines"] if content else 0)
-    console = Console(folder / "log.txt", epochs, task.metric, experiment.data.val is not None,
+    console = Console(folder / "log.txt", epochs, task.metrics, experiment.data.val is not None,
                       values["logger"]["console"])
     interrupt.last_words = lambda: (folders.set_status(folder, "interrupted"), console.leave(0.5))
     for line in header(config, experiment, folder):
@@ -246,6 +247,8 @@ def chosen_lines(config: Config) -> list[str]:
             *(f"{key}={value} of {source} fell away: it was for another option" for key, value, source in config.dropped)]
 
 
-def result_lines(summary: dict[str, Any], metric: str, folder: Path) -> list[str]:
+def result_lines(summary: dict[str, Any], metrics: Sequence[str], folder: Path) -> list[str]:
+    metric, *others = metrics
+    beside = "".join(f", {name} {summary[f'test_{name}']:.4f}" for name in others)
     best = f", of the best epoch ({summary['best_epoch']}) {summary[f'best_test_{metric}']:.4f}" if f"best_test_{metric}" in summary else ""
-    return [f"test {metric} {summary[f'test_{metric}']:.4f}{best}; {summary['train_s']:.1f} s of training", f"result: {folder}"]
+    return [f"test {metric} {summary[f'test_{metric}']:.4f}{best}{beside}; {summary['train_s']:.1f} s of training", f"result: {folder}"]

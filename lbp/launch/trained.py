@@ -34,15 +34,14 @@ def restored(run: Path, which: str, overrides: list[str]) -> tuple[Experiment, d
 
 
 def evaluate_run(run: Path, split: str, checkpoint: str, overrides: list[str]) -> None:
-    """`lbp eval`: prints loss and metric of a checkpoint on a split."""
+    """`lbp eval`: prints loss and metrics of a checkpoint on a split."""
     experiment, content = restored(run, checkpoint, overrides)
     part = getattr(experiment.data, split)
     if part is None:
         raise ConfigError(f"--split {split}: this run has none (dataset.val_size=0); use --split test")
     found = evaluate(experiment.rule, experiment.data.task, part, experiment.environment)
-    metric = experiment.data.task.metric
     say(f"{split} of {experiment.data.name} ({len(part):,} samples), {checkpoint} checkpoint (epoch {content['state']['epoch']}): "
-        f"{metric} {found[metric]:.4f}  loss {found['loss']:.4f}")
+        + "  ".join(f"{name} {found[name]:.4f}" for name in (*experiment.data.task.metrics, "loss")))
 
 
 class Predictor(nn.Module):

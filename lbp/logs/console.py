@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ def can_be_live() -> bool:
 class Console:
     """One plain line an epoch in log.txt; on stdout the same (plain), a live view (live), or nothing (off)."""
 
-    def __init__(self, log: Path, epochs: int, metric: str, validated: bool, how: str):
+    def __init__(self, log: Path, epochs: int, metrics: Sequence[str], validated: bool, how: str):
         self.file = open(log, "a", encoding="utf-8", buffering=1)
-        self.epochs, self.metric, self.validated, self.quiet = epochs, metric, validated, how == "off"
+        self.epochs, self.metrics, self.validated, self.quiet = epochs, metrics, validated, how == "off"
         self.angles: dict[str, float] = {}
         self.train: dict[str, Any] = {}
         self.view = None
@@ -38,7 +39,7 @@ class Console:
                 View,  # here: rich takes a while, and where nobody looks it is not needed
             )
 
-            self.view = View(epochs, metric)
+            self.view = View(epochs, metrics)
         elif how == "live":
             self.line("logger.console=live: stdout is no terminal that could show it; plain lines instead")
 
@@ -85,8 +86,9 @@ class Console:
         train, parts = self.train, [f"epoch {self.train['epoch']:>{len(str(self.epochs))}}/{self.epochs}"]
         for name, record in (("train", train), ("val", val)):
             if record:
-                metric = f" {self.metric} {record[self.metric]:.4f}" if self.metric in record else ""
-                parts.append(f"{name} loss {record['loss']:.4f}{metric}")
+                told = self.metrics if record is (val or train) else self.metrics[:1]     # the others once a line
+                values = "".join(f" {metric} {record[metric]:.4f}" for metric in told if metric in record)
+                parts.append(f"{name} loss {record['loss']:.4f}{values}")
         if "samples_per_s" in train:
             parts.append(f"{train['samples_per_s']:,.0f} samples/s")
         if self.angles:

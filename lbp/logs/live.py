@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -49,8 +50,8 @@ class Terminal(Console):
 class View:
     """What is to be seen of a run; `write` takes the lines of metrics.jsonl, `follow` what moves between them."""
 
-    def __init__(self, epochs: int, metric: str):
-        self.epochs, self.metric = epochs, metric
+    def __init__(self, epochs: int, metrics: Sequence[str]):
+        self.epochs, (self.metric, *self.others) = epochs, metrics
         self.losses: dict[str, dict[str, Any]] = {}     # split -> its last line
         self.angles: dict[str, float] = {}
         self.best: tuple[float, int] | None = None
@@ -148,6 +149,8 @@ class View:
             if record := self.losses.get(split):
                 metric = f"  {self.metric} {record[self.metric]:.4f}" if self.metric in record else ""
                 pieces.append(Text(f"{name:<5} loss {record['loss']:.4f}{metric}", style))
+                if split in ("val", "test"):
+                    pieces += [Text(f"{name:<5} {other} {record[other]:.4f}", style) for other in self.others if other in record]
         if self.best:
             pieces.append(Text(f"best  {self.metric} {self.best[0]:.4f} in epoch {self.best[1]}"))
         return pieces

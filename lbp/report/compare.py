@@ -16,7 +16,7 @@ from lbp.report.tables import Column, average, comma_separated, markdown, rough,
 BY = ("algo", "dataset", "arch")
 USUAL = ("test_accuracy", "test_r2", "test_loss")  # the first that a run has
 CONTROLS = ("shallow", "elm")  # what frozen random layers reach
-SMALL_IS_GOOD = re.compile(r"loss|error|_deg$|_s$|_mb$|share|flops|parameters")
+SMALL_IS_GOOD = re.compile(r"loss|error|bits|_deg$|_s$|_mb$|share|flops|parameters")
 # What changes no number of a result, and where its files lie.
 BESIDE = re.compile(r"(seed|plugins|run\.(dir|name)|(logger|launch)\..*|(trainer|metrics)\.name|trainer\.(device|checkpoint_every))$")
 

@@ -12,7 +12,8 @@ NAMES = ("resume", "eval", "rerun", "export")  # that take one run
 MANY = ("compare", "report", "sync")  # that take several
 AFTER = {"--split": ("test", "val", "train"), "--checkpoint": ("last", "best"), "--seeds": ()}
 FILES = ("--config", "--to", "--csv", "--markdown")
-FIGURES = ("test_accuracy", "best_test_accuracy", "val_accuracy", "train_accuracy", "test_loss", "test_r2", "train_s",
+FIGURES = ("test_accuracy", "best_test_accuracy", "val_accuracy", "train_accuracy", "test_loss", "test_r2",
+           "test_sequence_accuracy", "test_bits_per_character", "train_s",
            "samples_per_s", "peak_memory_mb")
 
 

@@ -71,7 +71,8 @@ def prepare(trainer: dict, seed: int) -> Environment:
     torch.backends.cudnn.deterministic = level == "strict"
     if level == "strict":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(level == "strict")
+    if torch.are_deterministic_algorithms_enabled() != (level == "strict"):     # the setting imports torch's compiler, 2.5 s
+        torch.use_deterministic_algorithms(level == "strict")
     torch.set_float32_matmul_precision("high" if level == "off" else "highest")
     caveats = {
         "off": ("autotuned kernels and TF32 on a GPU",),

@@ -76,8 +76,8 @@ class Loop:
         self.progress.tick()
         summary = summarise(self.experiment, state, self.folder)
         if not (self.metrics["test"] and state.epoch and not state.batch):  # else the last epoch wrote it
-            self.log.write({"step": state.step, "epoch": state.epoch, "split": "test", "loss": summary["test_loss"],
-                            self.task.metric: summary[f"test_{self.task.metric}"]})
+            self.log.write({"step": state.step, "epoch": state.epoch, "split": "test",
+                            **{name: summary[f"test_{name}"] for name in ("loss", *self.task.metrics)}})
         return summary
 
     def enough(self) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lbp import ranks, registry
+from lbp.algos import ops
 from lbp.algos.rule import GROUPS, LearningRule
 from lbp.archs.network import Network, hard_inside
 from lbp.datasets.data import Arrays, Data, load
@@ -21,6 +22,8 @@ from lbp.training import checkpoint
 from lbp.training.apply import Apply
 from lbp.training.environment import Environment, prepare, seed_all
 from lbp.training.optim import biases_of, make_optimizers
+
+SEQUENTIAL = "arch=rnn, arch=lstm, arch=gru or arch=transformer"
 
 
 @dataclass
@@ -78,18 +81,32 @@ def refuse_early(values: dict[str, Any]) -> None:
             return
         except Refused as refused:
             first = first or refused
+    if first and ops.MLP in str(first) and takes_symbols(values["arch"]):    # the dataset may have them, which an mlp does not take
+        first = Refused(f"{str(first).rpartition(';')[0]}; {ops.ANY_ARCH}")
     if first:
         raise first
+
+
+def takes_symbols(arch: dict[str, Any]) -> bool:
+    try:
+        return bool(build_arch(arch, Task("classification", (16,), 10, 10, symbols=10)))
+    except ConfigError:
+        return False
 
 
 def build_arch(config: dict[str, Any], task: Task, seed: int = 0) -> Network:
     """The network that the arch group describes, on the CPU in fp32; its weights depend on `seed` alone."""
     seed_all(seed, "network")
-    network = registry.load("arch", config["name"])(task, **_knobs(config))
+    try:
+        network = registry.load("arch", config["name"])(task, **_knobs(config))
+    except Refused as refused:      # of symbols, too, an arch only says that they are no images
+        if not task.symbols or "arch=mlp" not in str(refused):
+            raise
+        raise Refused(f"{str(refused).rpartition(';')[0]}; use {SEQUENTIAL}") from None
     embeds = any(isinstance(m, nn.Embedding) for m in next(iter(network.blocks.values())).modules())
     if task.symbols and not embeds or task.sequence and list(network.shapes.values())[-1][:-1] != task.in_shape[:1]:
         asks = f"asks for an answer at each of {task.in_shape[0]} tokens" if task.sequence else "has symbols as inputs"
-        raise Refused(f"arch={config['name']} takes numbers and answers once a sample, and the dataset {asks}; use arch=rnn, lstm, gru or transformer")
+        raise Refused(f"arch={config['name']} takes numbers and answers once a sample, and the dataset {asks}; use {SEQUENTIAL}")
     return network
 
 

@@ -69,7 +69,7 @@ def predictors(network, task, features: int, rule: str) -> nn.ModuleDict:
     """A linear read-out for each hidden block but the last, whose own is the head."""
     last, shape = list(network.shapes.items())[-1]
     if len(shape) > 1:
-        raise Refused(f"algo={rule} predicts from whole samples, and block {last} answers for each token; use arch=mlp")
+        raise Refused(f"algo={rule} predicts from whole samples, and block {last} answers for each token; {ops.elsewhere(network)}")
     weight = network.head.weight
     return nn.ModuleDict({name: pooled_readout(network.shapes[name], task.outputs, features).to(weight.device, weight.dtype)
                           for name in list(network.hidden)[:-1]})

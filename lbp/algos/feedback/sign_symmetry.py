@@ -61,12 +61,15 @@ class SignSymmetry(LearningRule):
 def redraw(size: torch.Tensor, init: str, scale: float, generator: torch.Generator) -> None:
     """Fills `size` with |M| anew, the same on every rank and device.
 
-    A uniform M in steps of 1/256 of its bound: a byte is drawn in an eighth of a float's time, which else would
-    be half of a training step.
+    A uniform M in steps of 1/16 of its bound, whose mean is that of the whole interval and whose variance is 0.996 of it: half a
+    byte is drawn in a sixteenth of a float's time, which else would be half of a training step.
     """
     if init not in UNIFORM:
         size.copy_(draw(torch.empty(size.shape, dtype=size.dtype), init, scale, generator).abs_())
         return
-    words = torch.empty(-(-size.numel() // 8), dtype=torch.int64).random_(-(2**63), None, generator=generator)
-    steps = words.view(torch.uint8)[: size.numel()].view(size.shape).to(size.device)
-    size.copy_(steps).add_(0.5).mul_(math.sqrt(3) * spread(size, init, scale) / 256)    # one expression of two types is slow
+    half = -(-size.numel() // 2)
+    words = torch.empty(-(-half // 8), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    pairs, flat = words.view(torch.uint8)[:half].to(size.device), size.view(-1)
+    flat[:half].copy_(pairs & 15)
+    flat[half:].copy_((pairs >> 4)[: size.numel() - half])
+    size.add_(0.5).mul_(math.sqrt(3) * spread(size, init, scale) / 16)

@@ -31,7 +31,7 @@ class Cwc(LearningRule):
         super().__init__(network, task)
         ops.classification(task, "cwc")
         if len(list(network.shapes.values())[-1]) != 1:
-            raise Refused("algo=cwc gives a whole sample to one class: block head answers each token apart; use arch=mlp")
+            raise Refused("algo=cwc gives a whole sample to one class: block head answers each token apart; " + ops.elsewhere(network))
         self.answers, self.stop = predict, list(stop)
         self.axes, self.shares = {}, {}
         for name, projection in ops.projections(network, "channels").items():

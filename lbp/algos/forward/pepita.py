@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lbp.algos import ops
 from lbp.algos.rule import Facts, Learned, LearningRule
 from lbp.archs.init import draw
-from lbp.archs.network import CONVOLUTIONS, NORMS, Layer
+from lbp.archs.network import CONVOLUTIONS, NORMS, Layer, Network
 from lbp.errors import Refused
 
 
@@ -30,10 +30,10 @@ class Pepita(LearningRule):
         super().__init__(network, task)
         self.positions = positions
         for name, block in network.hidden.items():
-            _check(name, block)
+            _check(network, name, block)
         if len(list(network.shapes.values())[-1]) != 1:
             raise Refused("algo=pepita adds one output's error to the whole input: block head answers each token apart; "
-                          "use a dataset with one label a sample and an arch that pools its tokens (arch=mlp)")
+                          + ops.elsewhere(network))
         weight = network.head.weight
         self.register_buffer("projection", draw(weight.new_empty(task.outputs, math.prod(network.in_shape)).detach(), init, scale))
 
@@ -81,7 +81,7 @@ def _part(block: nn.Module, name: str) -> nn.Module:
     return getattr(block, name, nn.Identity())
 
 
-def _check(name: str, block: nn.Module) -> None:
+def _check(network: Network, name: str, block: nn.Module) -> None:
     """Raises Refused for a block that is neither a plain Layer without norm nor one weight layer, `linear`, and what it answers."""
     norm = next((type(m).__name__ for m in block.modules() if isinstance(m, NORMS)), None)
     if norm:
@@ -90,4 +90,4 @@ def _check(name: str, block: nn.Module) -> None:
     linear = getattr(block, "linear", None)
     if not isinstance(linear, (nn.Linear, *CONVOLUTIONS)) or not isinstance(block, Layer) and list(block.children()) != [linear]:
         raise Refused("algo=pepita needs plain layers (one Linear or convolution, activation, pool): "
-                      f"block {name} is a {type(block).__name__}; use arch=mlp")
+                      f"block {name} is a {type(block).__name__}; {ops.elsewhere(network)}")

@@ -35,7 +35,7 @@ class SCFF(LearningRule):
                        "inputs itself")
         (last, shape), weight = list(network.shapes.items())[-1], network.head.weight
         if len(shape) > 1:
-            raise Refused(f"algo=scff contrasts whole samples, and block {last} answers for each token; use arch=mlp")
+            raise Refused(f"algo=scff contrasts whole samples, and block {last} answers for each token; {ops.elsewhere(network)}")
         names = list(network.hidden)
         above, below = by_name(positive_threshold, names), by_name(negative_threshold, names)
         self.thresholds = {name: (above[name], below[name]) for name in names}

@@ -152,6 +152,9 @@ def refuse(network: Network, task, signal: str, stream: str, loss: str, fixed: l
     if len(network.shapes[list(network.blocks)[-1]]) != 1:
         raise Refused("algo=sigprop matches whole samples with classes; this arch= has an output for each token "
                       f"(block {list(network.blocks)[-1]} gives {network.shapes[list(network.blocks)[-1]]}); use algo=local")
+    if task.symbols and signal not in ("both", "fixed_both"):
+        raise Refused(f"algo=sigprop with algo.signal={signal} sends numbers through block {hidden[0]} in place of the label, which takes symbols: "
+                      "use algo.signal=both or fixed_both")
     if signal == "digits" and len(task.in_shape) != 3:
         raise Refused(f"algo=sigprop with algo.signal=digits draws labels as images; samples have shape {task.in_shape}: use algo.signal=label")
     if loss == "direct" and stream != "classes":

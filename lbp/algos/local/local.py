@@ -83,7 +83,7 @@ def tapped_shapes(network: Network, tap: str) -> dict[str, tuple[int, ...]]:
 def prediction_loss(task, local: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The task's loss of a local classifier's outputs, one value a target, and what is logged of it."""
     loss = task.loss(local, y)
-    values = {"local_loss": loss.detach().mean()}
+    values = {"local_loss": loss.detach().sum() / max(1, task.count(y))}
     if task.kind == "classification":
         values["local_accuracy"] = task.score(local.detach(), y)[0] / max(1, task.count(y))
     return loss, values
@@ -106,7 +106,7 @@ def leading(network: Network, rule: str) -> tuple[int, ...]:
     for name, shape in network.shapes.items():
         if shape[: len(lead)] != lead:
             raise Refused(f"algo={rule}: the network answers {lead[0]} tokens, and block {name} has outputs of shape {shape}: a local "
-                          "classifier cannot answer each of them; use arch=mlp")
+                          "classifier cannot answer each of them; use algo=bp or algo=fa")
     return lead
 
 

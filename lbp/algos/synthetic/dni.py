@@ -54,6 +54,9 @@ class DNI(LearningRule):
         self.synthesizers = nn.ModuleDict({cut: self.kinds[synthesizer](place) for cut, place in places.items()}
                                           ).to(weight.device, weight.dtype)
         if inputs:
+            if task.symbols:
+                raise Refused(f"algo={name} with algo.inputs=true tells a block's input from numbers, and block {self.segments[0][0]} takes "
+                              "symbols; set algo.inputs=false")
             no_batch_norm(network, [block for segment in self.segments[1:] for block in segment], name)
             places = {cut: place._replace(hidden=hidden if synthesizer != "linear" else []) for cut, place in places.items()}
         self.inputs = nn.ModuleDict({cut: Inputs(network.in_shape, place) for cut, place in places.items() if inputs}

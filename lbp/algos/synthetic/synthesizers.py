@@ -142,15 +142,24 @@ class Inputs(nn.Module):
 
 
 def regress(said: Tensor, true: Tensor, what: str) -> dict[str, Tensor]:
-    """Backpropagates |said - true|^2, summed over the batch, into what said it; the error relative to |true|^2 and the angle between
-    the two, over the batch of all ranks, in degrees (nan, and then not logged, where one of them is zero)."""
-    said, true = ops.at_least_fp32(said), ops.at_least_fp32(true.detach())
-    gap = said - true
-    gap.square().sum().backward()
-    with torch.no_grad():
-        squares = torch.stack([part.square().sum() for part in (said, true, gap)])
-        ops.over_ranks(squares)
-        apart = (said / squares[0].sqrt() - true / squares[1].sqrt()).square().sum()
-        ops.over_ranks(apart)
-        half = (apart.sqrt() / 2).clamp(max=1.0)        # the sine of half of the angle, which is exact near 0
-        return {f"{what}_error": squares[2] / squares[1], f"{what}_deg": 2 * torch.rad2deg(torch.asin(half))}
+    """Backpropagates |said - true|^2, summed over the batch, into what said it; and tells how close the two are."""
+    pull(said, true)
+    return closeness(said, true, what)
+
+
+def pull(said: Tensor, true: Tensor) -> None:
+    """Backpropagates |said - true|^2, summed over the batch, into what said it."""
+    (ops.at_least_fp32(said) - ops.at_least_fp32(true.detach())).square().sum().backward()
+
+
+@torch.no_grad()
+def closeness(said: Tensor, true: Tensor, what: str) -> dict[str, Tensor]:
+    """The error |said - true|^2 relative to |true|^2 and the angle between the two, over the batch of all ranks, in degrees (nan, and
+    then not logged, where one of them is zero)."""
+    said, true = ops.at_least_fp32(said), ops.at_least_fp32(true)
+    squares = torch.stack([part.square().sum() for part in (said, true, said - true)])
+    ops.over_ranks(squares)
+    apart = (said / squares[0].sqrt() - true / squares[1].sqrt()).square().sum()
+    ops.over_ranks(apart)
+    half = (apart.sqrt() / 2).clamp(max=1.0)        # the sine of half of the angle, which is exact near 0
+    return {f"{what}_error": squares[2] / squares[1], f"{what}_deg": 2 * torch.rad2deg(torch.asin(half))}

@@ -25,6 +25,8 @@ class Autoencode(StepTheta):
 
     def __init__(self, place: Place, *, weight: float):
         super().__init__()
+        if len(place.below) == 1 and any(isinstance(m, torch.nn.Embedding) for m in place.block.modules()):
+            raise place.refuse("rebuilds numbers, and the inputs of this block are symbols; choose another half for it")
         self.weight = weight
         p = next(place.block.parameters(), torch.empty(0))
         self.decoder = decoder(place).to(p.device, p.dtype)

@@ -32,7 +32,7 @@ class CCL(LearningRule):
         super().__init__(network, task)
         ops.classification(task, "ccl")
         if len(list(network.shapes.values())[-1]) != 1:
-            raise Refused("algo=ccl sends down one signal for each class, and block head answers each token apart; use arch=mlp")
+            raise Refused("algo=ccl sends down one signal for each class, and block head answers each token apart; " + ops.elsewhere(network))
         self.scale = scale
         ops.plain_layers(network, "ccl", of=(nn.Linear, nn.Conv2d))
         # From the head down. Named by their place: a signal begins at the classes, whatever the blocks above do with a batch.

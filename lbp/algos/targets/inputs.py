@@ -59,7 +59,7 @@ class Feedback(StepX):
                 self.names.append(f"B_{name.replace('.', '_')}")
                 self.register_buffer(self.names[-1], draw(torch.empty_like(p, requires_grad=False), init, scale))
             elif p.dim() > 1 and "weight" in name:
-                raise place.refuse(f"has no matrix for {name}, which is no nn.Linear's or nn.Conv's; choose another half, or arch=mlp")
+                raise place.refuse(f"has no matrix for {name}, which is no nn.Linear's or nn.Conv's; choose another half, or, where samples are numbers, arch=mlp")
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         return [(weight, getattr(self, name)) for weight, name in zip(self.weights, self.names)]
@@ -132,7 +132,7 @@ class Exact(StepX):
             linear = getattr(place.block, "linear", None) if isinstance(place.block, Layer) else place.block
             if not isinstance(linear, nn.Linear) or linear.in_features != linear.out_features:
                 raise place.refuse("needs a block that can be undone: one with a method inverse(h), or a dense layer with as many outputs "
-                                   "as inputs; choose x: least_squares, or arch=mlp with equal arch.widths")
+                                   "as inputs; choose another half, or, where samples are numbers, arch=mlp with equal arch.widths")
             self.dense = Dense(place)
 
     @torch.no_grad()

@@ -31,7 +31,7 @@ class Dense:
         self.linear = block.linear if isinstance(block, Layer) else block
         self.activation = block.activation if isinstance(block, Layer) else nn.Identity()
         if not isinstance(self.linear, nn.Linear):
-            raise place.refuse(f"solves dense layers; this is a {type(self.linear).__name__}: choose another half, or arch=mlp")
+            raise place.refuse(f"solves dense layers; this is a {type(self.linear).__name__}: choose another half, or, where samples are numbers, arch=mlp")
         if isinstance(block, Layer):
             if not isinstance(block.norm, nn.Identity) or not isinstance(block.pooling, nn.Identity):
                 raise place.refuse("takes targets back through the activation to the dense layer itself, with no norm or pool between; "

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import warm
+
 ROOT = Path(__file__).parents[1]
 LINES = [line.strip() for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    ")]
 COMMANDS = [line.partition("  #")[0] for line in LINES if line.startswith("lbp ")]
@@ -22,7 +24,7 @@ def workplace(tmp_path_factory):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(command, workplace):
-    done = subprocess.run([sys.executable, "-m", *shlex.split(command)], cwd=workplace, capture_output=True, text=True)
+    done = warm.lbp(shlex.split(command)[1:], workplace)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and done.stdout
 

@@ -7,9 +7,11 @@ A RULE may have settings of its own, joined by +: dni+algo.synthesizer=mlp+algo.
 
 import argparse
 import statistics
+from math import isnan, nan
 from pathlib import Path
 
 import lbp
+from lbp.errors import Diverged
 from lbp.report.plots import curves
 
 RULES = ("bp", "dfa", "sigprop", "predsim", "forward_forward", "shallow")
@@ -31,13 +33,21 @@ def main() -> None:
     for rule in [text for text in args.rules if text not in everywhere] or RULES:
         found[rule] = []
         for depth in depths:
-            runs = [lbp.run(*f"algo={rule}".split("+"), "dataset=mnist", f"arch.widths=[{','.join([str(args.width)] * depth)}]", f"seed={seed}",
-                            f"trainer.epochs={args.epochs}", "metrics.every=0", "logger.console=off", *everywhere) for seed in range(args.seeds)]
-            found[rule].append(100 * statistics.mean(run.summary["test_accuracy"] for run in runs))
-        print(f"| {rule} | " + " | ".join(f"{value:.1f}" for value in found[rule]) + " |", flush=True)
+            settings = ["dataset=mnist", f"arch.widths=[{','.join([str(args.width)] * depth)}]", f"trainer.epochs={args.epochs}",
+                        "metrics.every=0", "logger.console=off", *everywhere]
+            found[rule].append(statistics.mean(accuracy([*f"algo={rule}".split("+"), *settings, f"seed={seed}"]) for seed in range(args.seeds)))
+        print(f"| {rule} | " + " | ".join("diverged" if isnan(value) else f"{value:.1f}" for value in found[rule]) + " |", flush=True)
     if args.plot:
         curves(args.plot, {rule: (depths, values) for rule, values in found.items()}, "hidden layers", "test accuracy, %",
                log=(True, False))
+
+
+def accuracy(settings: list[str]) -> float:
+    """On the test split in %, nan where the training diverges."""
+    try:
+        return 100 * lbp.run(*settings).summary["test_accuracy"]
+    except Diverged:
+        return nan
 
 
 if __name__ == "__main__":

@@ -72,4 +72,5 @@ def redraw(size: torch.Tensor, init: str, scale: float, generator: torch.Generat
     pairs, flat = words.view(torch.uint8)[:half].to(size.device), size.view(-1)
     flat[:half].copy_(pairs & 15)
     flat[half:].copy_((pairs >> 4)[: size.numel() - half])
-    size.add_(0.5).mul_(math.sqrt(3) * spread(size, init, scale) / 16)
+    step = math.sqrt(3) * spread(size, init, scale) / 16
+    torch.add(size.new_tensor(step / 2), size, alpha=step, out=size)

@@ -44,6 +44,15 @@ class Learned:
 
 
 @dataclass
+class Solved:
+    """What a fit came to. `blocks`: values worth logging, {block: {metric: number}}; `notes`: what a user should know, as a
+    solution that had to be regularised."""
+
+    blocks: dict[str, dict[str, float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
 class Phase:
     """A stretch of training. Either `learn(x, y, apply)` batch by batch for `epochs` (None: the trainer's), or
     `fit(batches)` once, where `batches(rows)` starts a pass over the training data, so many rows at a time, in order and
@@ -51,7 +60,7 @@ class Phase:
 
     name: str
     learn: Callable[[Tensor, Tensor, Callable], Learned] | None = None
-    fit: Callable[[Batches], None] | None = None
+    fit: Callable[[Batches], Solved | None] | None = None
     epochs: int | None = None
     restart: bool = False
 

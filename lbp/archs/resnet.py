@@ -29,13 +29,17 @@ class ResidualUnit(nn.Module):
             nn.Conv2d(inputs, outputs, 1, stride, bias=False), make_norm(norm, outputs, 2)) \
             if project and (stride != 1 or self.more) else None
 
+    def shortcut(self, x: Tensor) -> Tensor:
+        """What is added to the branch's output."""
+        if self.projection is not None:
+            return self.projection(x)
+        if self.stride != 1 or self.more:
+            return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.more // 2, self.more - self.more // 2))
+        return x
+
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm2(self.conv2(self.activation(self.norm1(self.conv1(x)))))
-        if self.projection is not None:
-            x = self.projection(x)
-        elif self.stride != 1 or self.more:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.more // 2, self.more - self.more // 2))
-        return self.pool(self.activation(h + x))
+        return self.pool(self.activation(h + self.shortcut(x)))
 
 
 def resnet(task, *, depth: int, width: int, activation: str, norm: str, init: str, init_scale: float) -> Network:

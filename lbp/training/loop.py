@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lbp import interrupt, ranks
-from lbp.algos.rule import Learned, Phase
+from lbp.algos.rule import Learned, Phase, Solved
 from lbp.errors import ConfigError, Diverged
 from lbp.metrics.measure import Measure, add_up, means
 from lbp.training.environment import seed_all
@@ -161,19 +161,30 @@ class Loop:
         from torch.utils.flop_counter import FlopCounterMode
 
         def batches(rows: int):
+            self.state.targets = 0
             for x, y in self.data.train.passes(rows):
                 interrupt.poll()
                 if len(x):
                     yield x, y
+                self.state.targets += len(x)    # to be seen on the way
 
         self.progress.save()
+        self.progress.start_lap()
         counter = FlopCounterMode(display=False)
         with counter:
-            phase.fit(batches)
+            solved = phase.fit(batches) or Solved()
         self.progress.lap()
-        self.state.targets = len(self.data.train)
-        self.state.flops_per_sample = sum(ranks.gathered(counter.get_total_flops())[0]) / len(self.data.train)
-        self.state.train = evaluate(self.rule, self.task, self.data.train, self.env)
+        state = self.state
+        state.step, state.targets = state.step + 1, len(self.data.train)
+        state.flops_per_sample = (state.flops_per_sample or 0) + sum(ranks.gathered(counter.get_total_flops())[0]) / len(self.data.train)
+        for note in solved.notes:
+            self.progress.warn(note, note)
+        for layer, values in solved.blocks.items():
+            state.layers.setdefault(layer, {}).update(values)
+        state.train = evaluate(self.rule, self.task, self.data.train, self.env)
+        if solved.blocks:
+            self.log.write({"step": state.step, "epoch": state.epoch + 1, "split": "train", "phase": phase.name, **state.train,
+                            "layers": solved.blocks})
 
     def close_epoch(self, phase: Phase) -> None:
         """Evaluates, logs and saves."""

@@ -1,0 +1,156 @@
+"""Least squares with an intercept, from what a pass over the rows adds up."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lbp import ranks
+from lbp.algos import ops
+from lbp.errors import Diverged
+
+TRUSTED = 3e-5      # of the greatest singular value: those above it keep six digits in the Gram matrix, which squares them
+
+
+class Solution(NamedTuple):
+    """`weight` (D + 1, C), the intercept in its last row; how many directions of the features it uses, and the greatest of their
+    singular values over the least."""
+
+    weight: Tensor
+    rank: int
+    condition: float
+
+
+class Gram:
+    """X^T X and X^T T of rows X (R, D + 1), whose last feature is the constant 1, and T (R, C): O(D^2) memory, ranks add up.
+
+    Each product is taken in `dtype`, their sum in double."""
+
+    def __init__(self, features: int, targets: int, like: Tensor, dtype: torch.dtype = torch.float64):
+        self.dtype = dtype
+        self.gram = like.new_zeros((features + 1,) * 2, dtype=torch.float64)
+        self.cross = like.new_zeros(features + 1, targets, dtype=torch.float64)
+
+    def add(self, x: Tensor, t: Tensor) -> None:
+        """More rows: x (R, D) without the constant, t (R, C)."""
+        x = with_constant(x.to(self.dtype))
+        self.gram += x.T @ x
+        self.cross += x.T @ t.to(self.dtype)
+
+    def gather(self) -> None:
+        """Adds up over the ranks, when all rows are in."""
+        ops.over_ranks(self.gram, self.cross)
+
+    def solve(self, rcond: float, ridge: float = 0.0, basis: Tensor | None = None) -> Solution:
+        """The least squares solution, of least norm, among directions whose singular value is above `rcond` of the greatest.
+
+        `ridge` penalises squared weights but the intercept's, relative to the mean square of a feature. `basis` (D + 1, D + 1): the
+        features are X basis, in which cut, penalty and norm are meant; the solution is for X. Raises Diverged where
+        what was added up is not finite.
+        """
+        gram, cross = in_basis(self.gram, basis), self.cross if basis is None else basis.T @ self.cross
+        finite(gram, cross)
+        values, vectors = torch.linalg.eigh(gram + penalty(gram, ridge).diag())
+        cut = values[-1] * max(rcond**2, 10 * torch.finfo(self.dtype).eps)
+        return _truncated(values, vectors, vectors.T @ cross, values > cut, basis)
+
+    @property
+    def moments(self) -> tuple[Tensor, float]:
+        """(X^T X, number of rows)"""
+        return self.gram, float(self.gram[-1, -1])
+
+
+class QR:
+    """The triangle of a QR decomposition of rows [X T], brought up to date by each batch: as little memory, and no square is taken,
+    so that also directions show which a Gram matrix in double loses (condition numbers above 1e7)."""
+
+    def __init__(self, features: int, targets: int, like: Tensor, dtype: torch.dtype = torch.float64):
+        self.features, self.rows = features, like.new_zeros(0, features + 1 + targets, dtype=torch.float64)
+
+    def add(self, x: Tensor, t: Tensor) -> None:
+        rows = torch.cat([self.rows, torch.cat([with_constant(x.double()), t.double()], 1)])
+        finite(rows)
+        self.rows = torch.linalg.qr(rows, mode="r").R
+
+    def gather(self) -> None:
+        every = self.rows.new_zeros(ranks.world(), self.rows.shape[1], self.rows.shape[1])
+        every[ranks.rank(), : len(self.rows)] = self.rows
+        ops.over_ranks(every)
+        if ranks.world() > 1:
+            self.rows = torch.linalg.qr(every.flatten(0, 1), mode="r").R
+
+    def solve(self, rcond: float, ridge: float = 0.0, basis: Tensor | None = None) -> Solution:
+        """As a Gram matrix does."""
+        x, t = self.rows[:, : self.features + 1], self.rows[:, self.features + 1 :]
+        gram = in_basis(x.T @ x, basis)
+        x = x if basis is None else x @ basis
+        if ridge:
+            x = torch.cat([x, penalty(gram, ridge).sqrt().diag()])
+            t = torch.cat([t, t.new_zeros(len(gram), t.shape[1])])
+        left, singular, right = torch.linalg.svd(x, full_matrices=False)
+        cut = singular[0] * max(rcond, 10 * torch.finfo(singular.dtype).eps)
+        return _truncated(singular.square(), right.T, singular[:, None] * (left.T @ t), singular > cut, basis)
+
+    @property
+    def moments(self) -> tuple[Tensor, float]:
+        x = self.rows[:, : self.features + 1]
+        gram = x.T @ x
+        return gram, float(gram[-1, -1])
+
+
+class Exact(QR):
+    """All rows are kept and their singular values decomposed, as ZORB does: the oracle of the two others."""
+
+    def add(self, x, t):
+        rows = torch.cat([with_constant(x.double()), t.double()], 1)
+        finite(rows)
+        self.kept = [*getattr(self, "kept", []), rows]
+
+    def gather(self):
+        self.rows = torch.cat(self.kept)
+        del self.kept
+
+
+def ridge_solution(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """Solves (gram + ridge I') w = cross by Cholesky; I' leaves the last feature, the constant one, unpenalised.
+
+    gram (D+1, D+1), cross (D+1, C) -> (D+1, C), all double. Raises Diverged where that is singular or not finite.
+    """
+    diagonal = gram.new_full((len(gram),), ridge)
+    diagonal[-1] = 0
+    factor, info = torch.linalg.cholesky_ex(gram + diagonal.diag())
+    solution = torch.cholesky_solve(cross, factor)
+    if info or not solution.isfinite().all():
+        raise Diverged(f"the {len(gram) - 1} features are linearly dependent or not finite at algo.ridge={ridge}: "
+                       "raise algo.ridge")
+    return solution
+
+
+def with_constant(x: Tensor) -> Tensor:
+    return torch.cat([x, x.new_ones(len(x), 1)], 1)
+
+
+def in_basis(gram: Tensor, basis: Tensor | None) -> Tensor:
+    return gram if basis is None else basis.T @ gram @ basis
+
+
+def penalty(gram: Tensor, ridge: float) -> Tensor:
+    """The diagonal (D + 1,) that a relative ridge adds."""
+    diagonal = gram.new_full((len(gram),), ridge * float(gram.diagonal()[:-1].mean()))
+    diagonal[-1] = 0
+    return diagonal
+
+
+def finite(*sums: Tensor) -> None:
+    if not all(t.isfinite().all() for t in sums):
+        raise Diverged("a layer's features or targets are not finite: nothing was written; look at the data, or raise algo.rcond")
+
+
+def _truncated(values: Tensor, vectors: Tensor, cross: Tensor, keep: Tensor, basis: Tensor | None) -> Solution:
+    """From eigenvalues, eigenvectors and the cross products along them."""
+    weight = vectors[:, keep] @ (cross[keep] / values[keep, None])
+    kept = values[keep]
+    condition = float((kept.max() / kept.min()).sqrt()) if len(kept) else float("inf")
+    return Solution(weight if basis is None else basis @ weight, int(keep.sum()), condition)

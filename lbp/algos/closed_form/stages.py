@@ -1,0 +1,168 @@
+"""A network as the row of its stages, for rules that bring targets down through all of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lbp.algos import ops
+from lbp.algos.closed_form.inverses import (BATCH_NORMS, ELEMENTWISE, POOLS, Activation, BatchNorm, Flatten, Fork, Pool, Stage, Sum,
+                                            Weights)
+from lbp.algos.rule import Solved
+from lbp.archs.hard import Argmax, Sign, Step
+from lbp.archs.network import Layer, Network
+from lbp.archs.resnet import ResidualUnit
+from lbp.errors import Refused
+
+
+def stages(network: Network, rule: str, variant: str = "numpy") -> list[Stage]:
+    """The network's modules in the order in which they run, head included. Raises Refused, with the block, for what has no inverse map."""
+    found: list[Stage] = []
+    shape = network.in_shape
+
+    def refuse(block: str, why: str) -> Refused:
+        return Refused(f"algo={rule} goes back through each layer: block {block} {why}")
+
+    def add(stage: Stage) -> None:
+        nonlocal shape
+        found.append(stage)
+        if isinstance(stage, Weights) and stage.conv:
+            with torch.no_grad():
+                shape = tuple(stage.module(stage.module.weight.new_zeros(1, *shape)).shape[1:])
+        elif isinstance(stage, Weights):
+            shape = (stage.module.out_features,)
+        elif isinstance(stage, (Flatten, Pool)):
+            shape = tuple(stage.module(torch.zeros(1, *shape)).shape[1:])
+
+    def walk(block: str, module: nn.Module) -> None:
+        kind = type(module)
+        if isinstance(module, nn.Identity) or isinstance(module, nn.Dropout) and not module.p:
+            return
+        if isinstance(module, Layer):
+            for part in (module.incoming, module.linear, module.norm, module.activation, module.dropout, module.pooling):
+                walk(block, part)
+        elif isinstance(module, nn.Sequential):
+            for part in module:
+                walk(block, part)
+        elif isinstance(module, ResidualUnit):
+            add(fork := Fork(block, module, shape))
+            for part in (module.conv1, module.norm1, module.activation, module.conv2, module.norm2):
+                walk(block, part)
+            add(Sum(block, module, shape, fork))
+            walk(block, module.activation)
+            walk(block, module.pool)
+        elif isinstance(module, (nn.Linear, nn.Conv2d)):
+            if isinstance(module, nn.Conv2d) and (module.groups > 1 or isinstance(module.padding, str) or module.padding_mode != "zeros"):
+                raise refuse(block, "has a convolution in groups or with padding of another kind than zeros; use arch=cnn or arch=mlp")
+            if isinstance(module, nn.Linear) and len(shape) != 1:
+                raise refuse(block, f"has a dense layer on inputs of shape {shape}; {ops.elsewhere(network)}")
+            add(Weights(block, module, shape))
+        elif isinstance(module, BATCH_NORMS) and module.track_running_stats:
+            add(BatchNorm(block, module, shape))
+        elif isinstance(module, nn.Flatten):
+            add(Flatten(block, module, shape))
+        elif isinstance(module, POOLS):
+            if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size not in (1, (1, 1)) or getattr(module, "ceil_mode", False) \
+                    or isinstance(module, nn.MaxPool2d) and module.dilation not in (1, (1, 1)):
+                raise refuse(block, f"has a {kind.__name__} of a kind that has no inverse map here; use arch=cnn")
+            add(Pool(block, module, shape))
+        elif kind in (nn.ReLU, nn.Softmax, Argmax) or kind in ELEMENTWISE or isinstance(module, (Sign, Step, Argmax)):
+            add(Activation(block, module, shape, variant))
+        elif isinstance(module, nn.Dropout):
+            raise refuse(block, "draws units, and nothing is drawn in solving; use arch.dropout=0")
+        elif "Norm" in kind.__name__:
+            raise refuse(block, f"has a {kind.__name__}, which forgets each sample's own scale; use arch.norm=none or arch.norm=batch")
+        elif kind.__module__.startswith(("torch.nn.modules.activation", "lbp.archs.hard")):
+            raise refuse(block, f"has a {kind.__name__}, which has no inverse; set arch.activation to relu, leaky_relu, tanh, sigmoid, "
+                                "hardtanh, elu, softplus, softmax, sign, step or none")
+        else:
+            raise refuse(block, f"is or has a {kind.__name__}, whose inverse map is not known; {ops.elsewhere(network)}")
+
+    for name, block in network.blocks.items():
+        walk(name, block)
+    _connect(found)
+    return found
+
+
+def _connect(found: list[Stage]) -> None:
+    """Which weights take in the rescaling of which activation, and which batch norm follows on which weights."""
+    feed = None
+    for i, stage in enumerate(found):
+        if isinstance(stage, Weights):
+            if i + 1 < len(found) and isinstance(found[i + 1], BatchNorm):
+                stage.norm = found[i + 1]
+            if feed is not None and stage.intercept and feed.ends is not None:
+                stage.feed, feed.above = feed, stage
+            feed = None
+        elif isinstance(stage, Activation):
+            feed = stage
+        elif not isinstance(stage, (Flatten, Pool)) or isinstance(stage, Pool) and padded(stage.module):
+            feed = None     # a norm, or a shortcut, would see the rescaling too; zeros at a pool's border would not
+
+
+def padded(pool: nn.Module) -> bool:
+    return getattr(pool, "padding", 0) not in (0, (0, 0))
+
+
+def sites(row: list[Stage]) -> dict[int, str]:
+    """{place in the row: name} of what can be solved: the block's, and where it has several layers their number."""
+    places = [i for i, stage in enumerate(row) if isinstance(stage, Weights)]
+    blocks = [row[i].block for i in places]
+    return {i: block if blocks.count(block) == 1 else f"{block}.{blocks[:n].count(block) + 1}" for n, (i, block) in enumerate(zip(places, blocks))}
+
+
+def pulled(stages, t: Tensor, to: int, path: list[Tensor] | None, change: bool) -> Tensor:
+    """Targets, or changes, of the network's output as those of the output of stage `to`; `path`: the inputs of all stages, and the output."""
+    i = len(stages) - 1
+    while i > to:
+        stage, (x, h) = stages[i], (path[i], path[i + 1]) if path else (None, None)
+        if isinstance(stage, Sum) and to < (fork := stages.index(stage.fork)):
+            t, i = stage.below(t, x, path[fork], change), fork
+        elif not isinstance(stage, Fork):
+            t = (stage.change if change else stage.target)(t, x, h)
+        i -= 1
+    return t
+
+
+def trace(stages, x: Tensor) -> list[Tensor]:
+    """The input of each stage, and the output of the last."""
+    path = [x]
+    for stage in stages:
+        path.append(stage.run(path[-1]))
+    return path
+
+
+def constant_free(stage: Weights, basis: Tensor | None) -> Tensor | None:
+    """For a layer that has no intercept: the constant feature is nothing."""
+    if stage.intercept:
+        return basis
+    basis = torch.eye(stage.features + 1, dtype=torch.float64, device=stage.module.weight.device)
+    basis[-1, -1] = 0
+    return basis
+
+
+def finish(stage: Weights, found, solution, weight: Tensor, kind: str, basis: Tensor | None) -> Solved:
+    """Writes a layer's solution (D + 1, out), in the coordinates of its inputs as they are, and says how it was found."""
+    stage.write(weight)
+    gram, count = found.moments
+    if stage.norm is not None:
+        rows = weight.clone()
+        if stage.module.bias is None:
+            rows[-1] = 0
+        stage.norm.settle(*moments(gram, count, rows))
+    features = stage.features + stage.intercept
+    notes = []
+    if kind == "qr":
+        notes.append(f"{stage.block}: solved by QR, since a Gram matrix would lose directions that algo.rcond keeps "
+                     f"(condition number {solution.condition:.1e})")
+    if solution.rank < features:
+        few = f"{count:,.0f} rows are fewer than its {features:,} features" if count < features else \
+            f"{features - solution.rank:,} of its {features:,} features are constant, or all but follow from others"
+        notes.append(f"{stage.block}: {few}; took the solution of least norm in {solution.rank:,} directions")
+    return Solved({stage.block: {"rank": float(solution.rank), "condition": solution.condition}}, notes)
+
+
+def moments(gram: Tensor, count: float, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (out,) of X weight, from X^T X and the number of rows; X's last feature is the constant 1."""
+    mean = gram[-1] @ weight / count
+    return mean, ((weight * (gram @ weight)).sum(0) / count - mean.square()).clamp(min=0)

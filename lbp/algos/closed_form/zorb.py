@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lbp import ranks
+from lbp.algos.closed_form.least_squares import TRUSTED, QR, Exact, Gram
+from lbp.algos.closed_form.inverses import INSIDE, Activation, Fork, Sum, Weights
+from lbp.algos.closed_form.stages import constant_free, finish, pulled, sites, stages, trace
+from lbp.algos.rule import Facts, LearningRule, Phase, Solved
+from lbp.errors import Refused
+
+ROWS = 4096         # samples at once
+PATCHES = 1 << 23   # values of their patches at once
+
+
+class Zorb(LearningRule):
+    """Zeroth-order relaxed backpropagation: each layer once, from input to output, by least squares; no gradient and no learning rate.
+
+    A layer's target is the label, brought down through the layers above as they are now: T <- (T - b) pinv(W) through weights, and
+    through an activation its inverse, after T was brought from the range that it has into the activation's. The layer then is
+    W = pinv([X, 1]) T (Ranganathan & Lewandowski 2020). The affine map by which an activation's outputs reach their
+    targets' range is folded into the weights above. Everything is as in eval mode.
+
+    Labels have as many targets as there are classes, so that these come down, not the samples'; real targets, and all that hangs on a
+    sample, come down batch by batch. Least squares take a Gram matrix or, where `rcond` asks for directions that it would
+    lose, a QR decomposition, so that memory does not grow with the samples.
+    """
+
+    facts = Facts(
+        family="closed_form", paper="Ranganathan & Lewandowski, NeurIPS 2020 workshop, arXiv 2011.08895",
+        weight_transport=True, backward_locked=True, update_locked=True, needs_derivative=False,
+        in_place=True, closed_form=True)
+
+    def __init__(self, network, task, *, rcond: float, inverse_rcond: float, ridge: float, sweeps: int, solver: str, precision: str,
+                 variant: str):
+        super().__init__(network, task)
+        if task.sequence:
+            raise Refused("algo=zorb takes one answer a sample, and the dataset asks for one at each token; use algo=dfa or algo=local")
+        if solver == "exact" and ranks.world() > 1:
+            raise Refused("algo.solver=exact keeps all samples in one process; use algo.solver=auto with launch.ranks")
+        self.rcond, self.inverse_rcond, self.ridge, self.sweeps, self.solver = rcond, inverse_rcond, ridge, sweeps, solver
+        self.precision = {"fp32": torch.float32, "fp64": torch.float64}[precision]
+        self.stages = stages(network, "zorb", variant)
+        bounded = [stage for stage in self.stages if isinstance(stage, Activation) and stage.ends is not None and stage.above is not None]
+        like = network.head.weight
+        self.register_buffer("scales", torch.tensor([[1.0, 0.0]] * len(bounded), dtype=torch.float64, device=like.device).view(-1, 2))
+        self.bounded = bounded
+
+    def groups(self):
+        return {}
+
+    def phases(self):
+        """The network as drawn, for its metrics alone, then a layer at a time."""
+        return [Phase("as drawn", fit=lambda batches: None)] + [
+            Phase(f"{name}, sweep {sweep}" if self.sweeps > 1 else name, fit=partial(self.solve, site))
+            for sweep in range(1, self.sweeps + 1) for site, name in sites(self.stages).items()]
+
+    @torch.no_grad()
+    def solve(self, site: int, batches) -> Solved:
+        self.network.eval()
+        for stage, scale in zip(self.bounded, self.scales):
+            stage.scale = scale
+        above, stage = self.stages[site + 1 :], self.stages[site]
+        for other in above:
+            if isinstance(other, (Weights, Sum)):
+                other.prepare(self.inverse_rcond)
+        by_class = self.task.classes is not None and not any(isinstance(other, Sum) for other in above)
+        codes = self.wanted(torch.eye(self.task.outputs, dtype=torch.float64, device=self.scales.device)) if by_class else None
+
+        def targets():
+            """(their trace, targets at the output): of each class once, or of the samples, batch by batch."""
+            if by_class:
+                yield None, codes
+            else:
+                for x, y in batches(self.size(stage)):
+                    yield trace(self.stages, x), self.wanted(self.task.onehot(y).double().view(len(y), -1))
+
+        self.settle(site, targets)
+        codes = codes if codes is None else self.down(codes, site, None)
+        dense = by_class and not stage.conv     # then labels are enough to be solved for, and targets are multiplied with after
+        columns = self.task.outputs if dense else stage.module.weight.shape[0]
+        first = "exact" if self.solver == "exact" else "qr" if self.solver == "qr" else "gram"
+
+        def least_squares(kind: str):
+            found = {"gram": partial(Gram, dtype=self.precision), "qr": QR, "exact": Exact}[kind](stage.features, columns, self.network.head.weight)
+            for x, y in batches(self.size(stage)):
+                path = trace(self.stages if codes is None else self.stages[:site], x)
+                if dense:
+                    t = self.task.onehot(y, torch.float64)
+                elif by_class:
+                    t = stage.flat(codes[y])
+                else:
+                    t = stage.flat(self.down(self.wanted(self.task.onehot(y).double().view(len(y), -1)), site, path))
+                found.add(stage.rows(path[site]), t)
+            found.gather()
+            return found
+
+        found, kind = least_squares(first), first
+        basis = constant_free(stage, stage.basis())
+        solution = found.solve(self.rcond, self.ridge, basis)
+        if self.solver == "auto" and solution.condition > 1 / TRUSTED and self.precision == torch.float64:
+            found, kind = least_squares("qr"), "qr"
+            solution = found.solve(self.rcond, self.ridge, basis)
+        weight = solution.weight @ codes.double() if dense else solution.weight
+        return finish(stage, found, solution, weight, kind, basis)
+
+    def size(self, stage: Weights) -> int:
+        """Samples at once, so that their patches are not too many."""
+        if not stage.conv:
+            return ROWS
+        places = stage.rows(stage.module.weight.new_zeros(1, *stage.shape)).numel()
+        return max(1, min(ROWS, PATCHES // places))
+
+    def wanted(self, t: Tensor) -> Tensor:
+        """(N, outputs): what the head is to give for one-hot labels or real targets t, the inverse of the loss's own output function."""
+        smooth = self.task.label_smoothing
+        t = t * (1 - smooth) + smooth / self.task.outputs if smooth else t
+        if self.task.loss_name == "cross_entropy":
+            return (t + INSIDE).log()
+        return t.clamp(INSIDE, 1 - INSIDE).logit() if self.task.loss_name == "bce" else t
+
+    def settle(self, site: int, targets) -> None:
+        """Finds, from the top down, the range of the targets that reach each activation with ends, over all of them."""
+        for i in reversed(range(site + 1, len(self.stages))):
+            stage = self.stages[i]
+            if isinstance(stage, Activation) and stage.scaled and site >= self.around(i):
+                reach = self.scales.new_full((2,), -torch.inf)
+                for path, t in targets():
+                    if len(t):
+                        t = self.down(t, i, path)
+                        reach = torch.maximum(reach, torch.stack((-t.min(), t.max())))
+                low, high = ranks.most(reach).tolist()
+                stage.fold(-low, high)
+
+    def around(self, i: int) -> int:
+        """The first stage from which targets pass stage i: of one within a residual unit the unit's."""
+        for stage in self.stages[i:]:
+            if isinstance(stage, Fork):
+                break
+            if isinstance(stage, Sum):
+                return self.stages.index(stage.fork)
+        return 0
+
+    def down(self, t: Tensor, to: int, path: list[Tensor] | None) -> Tensor:
+        """Targets of the network's output, as targets of the output of stage `to`."""
+        return pulled(self.stages, t, to, path, change=False)

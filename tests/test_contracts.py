@@ -472,7 +472,11 @@ def test_rules_that_need_no_derivative_train_networks_without_one(name):
     if rule.facts.needs_derivative:
         pytest.skip("its facts say that the blocks must be differentiable")
     network = Network({"fc1": Step(6, 9), "fc2": Step(9, 7), "head": nn.Linear(7, CLASSES)}, (6,)).double()
-    rule, x, y = ready(name, network)
+    try:
+        rule, x, y = ready(name, network)
+    except Refused as refused:      # one that has to look inside of a block wants lbp's own threshold units
+        assert "inverse map" in str(refused)
+        rule, x, y = ready(name, dense((6, 9, 7), activation=ACTIVATIONS["step"]))
     before = tensors(rule)
     train(rule, [(x, y)] * 2)
     moved = changed(before, rule)

@@ -76,12 +76,26 @@ class Weights(Stage):
         """Outputs (N, out, ...) as rows (R, out)."""
         return t.flatten(2).transpose(1, 2).flatten(0, 1) if self.conv else t
 
+    def outputs(self, rows: Tensor) -> Tensor:
+        """Rows (R, out) as outputs (N, out, ...)."""
+        return rows.unflatten(0, (-1, *self.places)).movedim(-1, 1) if self.conv else rows
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """(height, width) of a convolution's outputs."""
+        m = self.module
+        return tuple((side + 2 * p - d * (k - 1) - 1) // s + 1
+                     for side, p, d, k, s in zip(self.shape[1:], m.padding, m.dilation, m.kernel_size, m.stride))
+
     def basis(self) -> Tensor | None:
-        """(D + 1, D + 1): [h, 1] basis = [a h + c, 1]."""
+        """(D + 1, D + 1): [h, 1] basis = [a h + c, 1]; without an intercept [h, 0]. None where that changes nothing."""
+        basis = torch.eye(self.features + 1, dtype=torch.float64, device=self.module.weight.device)
+        if not self.intercept:
+            basis[-1, -1] = 0
+            return basis
         if self.feed is None or not self.feed.scaled:
             return None
         a, c = self.feed.scale
-        basis = torch.eye(self.features + 1, dtype=torch.float64, device=a.device)
         basis[:-1, :-1] *= a
         basis[-1, :-1] = c
         return basis
@@ -103,9 +117,13 @@ class Weights(Stage):
         elif self.intercept:
             self.norm.module.running_mean.sub_(bias)
 
+    def fed(self) -> Tensor:
+        """As read, for the inputs a h + c."""
+        return torch.linalg.solve(self.basis(), self.read()) if self.feed is not None and self.feed.scaled else self.read()
+
     def prepare(self, rcond: float, ridge: float = 0.0) -> None:
         """Finds the inverse map of the weights as they are: the pseudo-inverse, or with a ridge."""
-        self.weight = self.read() if (basis := self.basis()) is None else torch.linalg.solve(basis, self.read())
+        self.weight = self.fed()
         w = self.weight[:-1]
         if ridge:
             gram = w.T @ w
@@ -116,14 +134,12 @@ class Weights(Stage):
 
     def back(self, rows: Tensor) -> Tensor:
         """Rows (R, out) through the inverse: (N, *shape); where patches overlap the mean of what they say."""
-        rows = rows @ self.inverse
+        rows = rows @ self.inverse.to(rows.dtype)
         if not self.conv:
             return rows
         m, sides = self.module, self.shape[1:]
         geometry = sides, m.kernel_size, m.dilation, m.padding, m.stride
-        places = math.prod((side + 2 * p - d * (k - 1) - 1) // s + 1
-                           for side, p, d, k, s in zip(sides, m.padding, m.dilation, m.kernel_size, m.stride))
-        patches = rows.unflatten(0, (-1, places)).transpose(1, 2)
+        patches = rows.unflatten(0, (-1, math.prod(self.places))).transpose(1, 2)
         count = F.fold(torch.ones_like(patches[:1]), *geometry)
         return F.fold(patches, *geometry) / count.clamp(min=1)
 
@@ -132,7 +148,7 @@ class Weights(Stage):
 
     def change(self, d, x, h):
         back = self.back(self.flat(d))
-        return back if self.feed is None else back / self.feed.scale[0]
+        return back / self.feed.scale[0] if self.feed is not None and self.feed.scaled else back
 
 
 class BatchNorm(Stage):
@@ -191,19 +207,21 @@ class Activation(Stage):
         margin = 0 if self.jax or self.kind not in (nn.Sigmoid, nn.Tanh) else INSIDE * (high - low)
         return low + margin, high - margin
 
-    def fold(self, low: float, high: float) -> None:
-        """From now on the outputs are rescaled to reach from `low` to `high`; the weights above are multiplied out anew."""
-        self.span = (low, high) if high > low else (low - 0.5, low + 0.5)
-        rows = torch.linalg.solve(self.above.basis(), self.above.read())
-        a = (self.span[1] - self.span[0]) / (self.range[1] - self.range[0])
-        self.scale.copy_(torch.tensor([a, self.span[0] - a * self.range[0]]))
-        self.above.write(self.above.basis() @ rows)
+    def fold(self) -> None:
+        """From now on the outputs are rescaled to reach over `span`; the weights above are multiplied out anew."""
+        if self.span is not None:
+            rows, (low, high) = self.above.fed(), self.range
+            a = (self.span[1] - self.span[0]) / (high - low) or 1.0
+            self.scale.copy_(torch.tensor([a, (sum(self.span) - a * (low + high)) / 2]))
+            self.above.write(self.above.basis() @ rows)
+            self.span = None
 
     def target(self, t, x, h):
         if self.ends is not None:
             low, high = self.range
             if self.scaled:
-                t = (t - self.span[0]) * ((high - low) / (self.span[1] - self.span[0])) + low
+                a = (self.span[1] - self.span[0]) / (high - low) or 1.0
+                t = (t - sum(self.span) / 2) / a + (low + high) / 2
             t = t.clamp(low, high)
         return self.inverse(t)
 

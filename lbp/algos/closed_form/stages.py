@@ -8,11 +8,15 @@ from torch import Tensor, nn
 from lbp.algos import ops
 from lbp.algos.closed_form.inverses import (BATCH_NORMS, ELEMENTWISE, POOLS, Activation, BatchNorm, Flatten, Fork, Pool, Stage, Sum,
                                             Weights)
+from lbp.algos.closed_form.least_squares import QR, Gram, Solution, finite
 from lbp.algos.rule import Solved
 from lbp.archs.hard import Argmax, Sign, Step
 from lbp.archs.network import Layer, Network
 from lbp.archs.resnet import ResidualUnit
 from lbp.errors import Refused
+
+ROWS = 4096         # samples at once
+PATCHES = 1 << 23   # values of their patches at once
 
 
 def stages(network: Network, rule: str, variant: str = "numpy") -> list[Stage]:
@@ -26,11 +30,8 @@ def stages(network: Network, rule: str, variant: str = "numpy") -> list[Stage]:
     def add(stage: Stage) -> None:
         nonlocal shape
         found.append(stage)
-        if isinstance(stage, Weights) and stage.conv:
-            with torch.no_grad():
-                shape = tuple(stage.module(stage.module.weight.new_zeros(1, *shape)).shape[1:])
-        elif isinstance(stage, Weights):
-            shape = (stage.module.out_features,)
+        if isinstance(stage, Weights):
+            shape = (len(stage.module.weight), *(stage.places if stage.conv else ()))
         elif isinstance(stage, (Flatten, Pool)):
             shape = tuple(stage.module(torch.zeros(1, *shape)).shape[1:])
 
@@ -132,16 +133,31 @@ def trace(stages, x: Tensor) -> list[Tensor]:
     return path
 
 
-def constant_free(stage: Weights, basis: Tensor | None) -> Tensor | None:
-    """For a layer that has no intercept: the constant feature is nothing."""
-    if stage.intercept:
-        return basis
-    basis = torch.eye(stage.features + 1, dtype=torch.float64, device=stage.module.weight.device)
-    basis[-1, -1] = 0
-    return basis
+def rows_at_once(stage: Weights) -> int:
+    """Samples to be taken together, so that a layer's rows are not too many."""
+    if not stage.conv:
+        return ROWS
+    return max(1, min(ROWS, PATCHES // stage.rows(stage.module.weight.new_zeros(1, *stage.shape)).numel()))
 
 
-def finish(stage: Weights, found, solution, weight: Tensor, kind: str, basis: Tensor | None) -> Solved:
+def look(task, batches) -> Solved:
+    """Goes over the data once. Raises Diverged where a value is not finite; says which classes have no sample."""
+    counts = torch.zeros(task.outputs, dtype=torch.float64)
+    for x, y in batches(ROWS):
+        finite(x, y)
+        if task.classes is not None:
+            counts += torch.bincount(y.cpu(), minlength=task.outputs)
+    ops.over_ranks(counts)
+    missing = [str(c) for c in (counts == 0).nonzero().flatten().tolist()] if task.classes is not None else []
+    return Solved({}, [f"class {', '.join(missing)}: no training sample, so nothing is asked for there but 0"] if missing else [])
+
+
+def one_answer(task, rule: str) -> None:
+    if task.sequence:
+        raise Refused(f"algo={rule} takes one answer a sample, and the dataset asks for one at each token; use algo=dfa or algo=local")
+
+
+def finish(stage: Weights, found: Gram | QR, solution: Solution, weight: Tensor) -> Solved:
     """Writes a layer's solution (D + 1, out), in the coordinates of its inputs as they are, and says how it was found."""
     stage.write(weight)
     gram, count = found.moments
@@ -152,7 +168,7 @@ def finish(stage: Weights, found, solution, weight: Tensor, kind: str, basis: Te
         stage.norm.settle(*moments(gram, count, rows))
     features = stage.features + stage.intercept
     notes = []
-    if kind == "qr":
+    if type(found) is QR:
         notes.append(f"{stage.block}: solved by QR, since a Gram matrix would lose directions that algo.rcond keeps "
                      f"(condition number {solution.condition:.1e})")
     if solution.rank < features:

@@ -6,14 +6,11 @@ import torch
 from torch import Tensor
 
 from lbp import ranks
-from lbp.algos.closed_form.least_squares import TRUSTED, QR, Exact, Gram
+from lbp.algos.closed_form.least_squares import TRUSTED, QR, Exact, Gram, finite
 from lbp.algos.closed_form.inverses import INSIDE, Activation, Fork, Sum, Weights
-from lbp.algos.closed_form.stages import constant_free, finish, pulled, sites, stages, trace
+from lbp.algos.closed_form.stages import finish, look, one_answer, pulled, rows_at_once, sites, stages, trace
 from lbp.algos.rule import Facts, LearningRule, Phase, Solved
 from lbp.errors import Refused
-
-ROWS = 4096         # samples at once
-PATCHES = 1 << 23   # values of their patches at once
 
 
 class Zorb(LearningRule):
@@ -37,8 +34,7 @@ class Zorb(LearningRule):
     def __init__(self, network, task, *, rcond: float, inverse_rcond: float, ridge: float, sweeps: int, solver: str, precision: str,
                  variant: str):
         super().__init__(network, task)
-        if task.sequence:
-            raise Refused("algo=zorb takes one answer a sample, and the dataset asks for one at each token; use algo=dfa or algo=local")
+        one_answer(task, "zorb")
         if solver == "exact" and ranks.world() > 1:
             raise Refused("algo.solver=exact keeps all samples in one process; use algo.solver=auto with launch.ranks")
         self.rcond, self.inverse_rcond, self.ridge, self.sweeps, self.solver = rcond, inverse_rcond, ridge, sweeps, solver
@@ -53,8 +49,8 @@ class Zorb(LearningRule):
         return {}
 
     def phases(self):
-        """The network as drawn, for its metrics alone, then a layer at a time."""
-        return [Phase("as drawn", fit=lambda batches: None)] + [
+        """A look at the data, after which the metrics are those of the network as drawn; then a layer at a time."""
+        return [Phase("as drawn", fit=partial(look, self.task))] + [
             Phase(f"{name}, sweep {sweep}" if self.sweeps > 1 else name, fit=partial(self.solve, site))
             for sweep in range(1, self.sweeps + 1) for site, name in sites(self.stages).items()]
 
@@ -75,18 +71,17 @@ class Zorb(LearningRule):
             if by_class:
                 yield None, codes
             else:
-                for x, y in batches(self.size(stage)):
+                for x, y in batches(rows_at_once(stage)):
                     yield trace(self.stages, x), self.wanted(self.task.onehot(y).double().view(len(y), -1))
 
         self.settle(site, targets)
         codes = codes if codes is None else self.down(codes, site, None)
         dense = by_class and not stage.conv     # then labels are enough to be solved for, and targets are multiplied with after
         columns = self.task.outputs if dense else stage.module.weight.shape[0]
-        first = "exact" if self.solver == "exact" else "qr" if self.solver == "qr" else "gram"
 
         def least_squares(kind: str):
             found = {"gram": partial(Gram, dtype=self.precision), "qr": QR, "exact": Exact}[kind](stage.features, columns, self.network.head.weight)
-            for x, y in batches(self.size(stage)):
+            for x, y in batches(rows_at_once(stage)):
                 path = trace(self.stages if codes is None else self.stages[:site], x)
                 if dense:
                     t = self.task.onehot(y, torch.float64)
@@ -98,21 +93,17 @@ class Zorb(LearningRule):
             found.gather()
             return found
 
-        found, kind = least_squares(first), first
-        basis = constant_free(stage, stage.basis())
-        solution = found.solve(self.rcond, self.ridge, basis)
+        found = least_squares(self.solver if self.solver != "auto" else "gram")
+        solution = found.solve(self.rcond, self.ridge, stage.basis())
         if self.solver == "auto" and solution.condition > 1 / TRUSTED and self.precision == torch.float64:
-            found, kind = least_squares("qr"), "qr"
-            solution = found.solve(self.rcond, self.ridge, basis)
-        weight = solution.weight @ codes.double() if dense else solution.weight
-        return finish(stage, found, solution, weight, kind, basis)
-
-    def size(self, stage: Weights) -> int:
-        """Samples at once, so that their patches are not too many."""
-        if not stage.conv:
-            return ROWS
-        places = stage.rows(stage.module.weight.new_zeros(1, *stage.shape)).numel()
-        return max(1, min(ROWS, PATCHES // places))
+            found = least_squares("qr")
+            solution = found.solve(self.rcond, self.ridge, stage.basis())
+        weight = solution.weight @ codes if dense else solution.weight
+        finite(weight)
+        for other in above:
+            if isinstance(other, Activation):
+                other.fold()
+        return finish(stage, found, solution, weight)
 
     def wanted(self, t: Tensor) -> Tensor:
         """(N, outputs): what the head is to give for one-hot labels or real targets t, the inverse of the loss's own output function."""
@@ -132,8 +123,8 @@ class Zorb(LearningRule):
                     if len(t):
                         t = self.down(t, i, path)
                         reach = torch.maximum(reach, torch.stack((-t.min(), t.max())))
-                low, high = ranks.most(reach).tolist()
-                stage.fold(-low, high)
+                finite(reach := ranks.most(reach))
+                stage.span = -float(reach[0]), float(reach[1])
 
     def around(self, i: int) -> int:
         """The first stage from which targets pass stage i: of one within a residual unit the unit's."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import CLASSES, batch, build, changed, dense, learned, make_task, regression, step, stepper, task_of, tensors
 from torch import nn
 
-from lbp.algos.closed_form.elm import ridge_solution
+from lbp.algos.closed_form.least_squares import ridge_solution
 from lbp.algos.feedback.fa import buffer_name
 from lbp.algos.forward.forward_forward import unit_length, with_label
 from lbp.archs.network import Network

@@ -182,7 +182,7 @@ class Loop:
         for layer, values in solved.blocks.items():
             state.layers.setdefault(layer, {}).update(values)
         state.train = evaluate(self.rule, self.task, self.data.train, self.env)
-        if solved.blocks:
+        if self.metrics["every"]:
             self.log.write({"step": state.step, "epoch": state.epoch + 1, "split": "train", "phase": phase.name, **state.train,
                             "layers": solved.blocks})
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lbp.algos import ops
-from lbp.algos.closed_form.elm import ridge_solution
+from lbp.algos.closed_form.least_squares import Gram, ridge_solution
 from lbp.algos.rule import Facts, LearningRule, Phase
 from lbp.errors import Diverged, Refused
 
@@ -44,8 +44,7 @@ class CaFo(LearningRule):
         settle_batch_norms(self.network, batches)
         for name in self.network.hidden:
             *before, linear = self.heads[name] if name in self.heads else [self.network.head]
-            gram = linear.weight.new_zeros((linear.in_features + 1,) * 2, dtype=torch.float64)
-            cross = linear.weight.new_zeros(len(gram), len(linear.weight), dtype=torch.float64)
+            found = Gram(linear.in_features, len(linear.weight), linear.weight, linear.weight.dtype)
             for x, y in batches(4096):
                 for each, block in self.network.hidden.items():
                     x = block(x)
@@ -53,11 +52,9 @@ class CaFo(LearningRule):
                         break
                 for module in before:
                     x = module(x)
-                x = torch.cat([x, x.new_ones(len(x), 1)], 1)
-                gram += x.T @ x
-                cross += x.T @ self.task.onehot(y).to(x.dtype)
-            ops.over_ranks(gram, cross)
-            solution = ridge_solution(gram, cross, self.ridge * float(gram.diagonal()[:-1].mean()))
+                found.add(x, self.task.onehot(y))
+            found.gather()
+            solution = ridge_solution(found.gram, found.cross, self.ridge * float(found.gram.diagonal()[:-1].mean()))
             linear.weight.copy_(solution[:-1].T)
             linear.bias.copy_(solution[-1])
 

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from lbp.algos import ops
+from lbp.algos.closed_form.least_squares import Gram, ridge_solution
 from lbp.algos.rule import Facts, LearningRule, Phase
-from lbp.errors import Diverged, Refused
+from lbp.errors import Refused
 
 
 class ELM(LearningRule):
@@ -33,38 +32,25 @@ class ELM(LearningRule):
     def phases(self):
         return [Phase("fit", fit=self.fit)]
 
-    @torch.no_grad()
     def fit(self, batches):
-        self.network.eval()
-        weight = self.network.head.weight
-        gram = weight.new_zeros((weight.shape[1] + 1,) * 2, dtype=torch.float64)
-        cross = weight.new_zeros(len(gram), len(weight), dtype=torch.float64)
-        for x, y in batches(4096):
-            for block in self.network.hidden.values():
-                x = block(x)
-            target = self.task.onehot(y).to(x.dtype)
-            if x.dim() > 2:     # an answer at each token: they are the samples, those that count
-                x, target = x[target.any(-1)], target[target.any(-1)]
-            x = torch.cat([x, x.new_ones(len(x), 1)], 1)
-            # Each product in the data's precision, their sum in double.
-            gram += x.T @ x
-            cross += x.T @ target
-        ops.over_ranks(gram, cross)
-        solution = ridge_solution(gram, cross, self.ridge)
-        self.network.head.weight.copy_(solution[:-1].T)
-        self.network.head.bias.copy_(solution[-1])
+        solve_head(self.network, self.task, self.ridge, batches)
 
 
-def ridge_solution(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """Solves (gram + ridge I') w = cross by Cholesky; I' leaves the last feature, the constant one, unpenalised.
-
-    gram (D+1, D+1), cross (D+1, C) -> (D+1, C), all double. Raises Diverged where that is singular or not finite.
-    """
-    penalty = gram.new_full((len(gram),), ridge)
-    penalty[-1] = 0
-    factor, info = torch.linalg.cholesky_ex(gram + penalty.diag())
-    solution = torch.cholesky_solve(cross, factor)
-    if info or not solution.isfinite().all():
-        raise Diverged(f"the {len(gram) - 1} features are linearly dependent or not finite at algo.ridge={ridge}: "
-                       "raise algo.ridge")
-    return solution
+@torch.no_grad()
+def solve_head(network, task, ridge: float, batches) -> None:
+    """Writes the ridge regression of one-hot labels, or real targets, on the hidden blocks' output into the head. Raises Diverged,
+    and writes nothing, where it has no finite solution."""
+    network.eval()
+    head = network.head
+    found = Gram(head.in_features, len(head.weight), head.weight, head.weight.dtype)
+    for x, y in batches(4096):
+        for block in network.hidden.values():
+            x = block(x)
+        target = task.onehot(y).to(x.dtype)
+        if x.dim() > 2:     # an answer at each token: they are the samples, those that count
+            x, target = x[target.any(-1)], target[target.any(-1)]
+        found.add(x, target)
+    found.gather()
+    solution = ridge_solution(found.gram, found.cross, ridge)
+    head.weight.copy_(solution[:-1].T)
+    head.bias.copy_(solution[-1])

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lbp import ranks
 from lbp.algos.targets.solve import INVERSES as ELEMENTWISE
 from lbp.algos.targets.solve import MARGIN
 from lbp.archs.hard import Argmax, Sign, Step
@@ -24,7 +25,8 @@ POOLS = nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d
 class Stage:
     """One module on the way. `shape`: one sample's input. `x`, `h`: input and output of the samples that are asked about."""
 
-    needs_samples = False       # whether a target for the input hangs on what the input was
+    needs_samples = False       # whether a target for the input hangs on more than that for the output
+    noise: torch.Generator      # for what is drawn
 
     def __init__(self, block: str, module: nn.Module, shape: tuple[int, ...]):
         self.block, self.module, self.shape = block, module, shape
@@ -183,13 +185,14 @@ class Activation(Stage):
     affine map of its outputs, `scale` = (a, c), which the weights above take in (`fold`). Where none can, and where there is no range,
     targets are clipped to what the activation can give.
 
-    `variant`: `numpy` keeps 1e-5 away from the range's ends and takes -1/2 for negative targets of a ReLU, the mean of its draws;
+    `variant`: `numpy` keeps 1e-5 away from the range's ends, and draws from -1 to 0 for negative targets of a ReLU, by `noise`;
     `jax` goes to the ends and clips what the inverse gives there, and takes 0.
     """
 
     def __init__(self, block, module, shape, variant: str = "numpy"):
         super().__init__(block, module, shape)
         self.kind, self.jax, self.above = type(module), variant == "jax", None
+        self.needs_samples = self.kind is nn.ReLU and not self.jax
         self.ends = next((ends for kind, ends in BOUNDED.items() if isinstance(module, kind)), None)
         if self.kind is nn.Hardtanh:
             self.ends = module.min_val, module.max_val
@@ -229,7 +232,7 @@ class Activation(Stage):
         if self.kind in (nn.Sigmoid, nn.Tanh):
             return (t.logit() if self.kind is nn.Sigmoid else t.atanh()).clamp(FLOOR, CEILING)
         if self.kind is nn.ReLU:
-            return t.clamp(min=0) if self.jax else torch.where(t < 0, -0.5, t)
+            return t.clamp(min=0) if self.jax else torch.where(t < 0, -self.drawn(t), t)
         if self.kind is nn.Softmax:     # up to a constant a row, which softmax does not see
             return t.clamp(min=0).log().clamp(min=FLOOR) if self.jax else (t.clamp(min=0) + INSIDE).log()
         if isinstance(self.module, Step):
@@ -237,6 +240,10 @@ class Activation(Stage):
         if self.kind in ELEMENTWISE:
             return ELEMENTWISE[self.kind](self.module, t)
         return t
+
+    def drawn(self, like: Tensor) -> Tensor:
+        rows, mine = ranks.batch_rows(len(like))
+        return torch.rand((rows, *like.shape[1:]), generator=self.noise, dtype=like.dtype)[mine].to(like.device)
 
     def change(self, d, x, h):
         """A unit that a ReLU silences stays so; what has no derivative lets the change through."""

@@ -51,10 +51,8 @@ class Gram:
         what was added up is not finite.
         """
         gram, cross = in_basis(self.gram, basis), self.cross if basis is None else basis.T @ self.cross
-        finite(gram, cross)
-        values, vectors = torch.linalg.eigh(gram + penalty(gram, ridge).diag())
-        cut = values[-1] * max(rcond**2, 10 * torch.finfo(self.dtype).eps)
-        return _truncated(values, vectors, vectors.T @ cross, values > cut, basis)
+        found = truncated(gram + penalty(gram, ridge).diag(), cross, rcond, torch.finfo(self.dtype).eps)
+        return found if basis is None else found._replace(weight=basis @ found.weight)
 
     @property
     def moments(self) -> tuple[Tensor, float]:
@@ -90,8 +88,9 @@ class QR:
             x = torch.cat([x, penalty(gram, ridge).sqrt().diag()])
             t = torch.cat([t, t.new_zeros(len(gram), t.shape[1])])
         left, singular, right = torch.linalg.svd(x, full_matrices=False)
-        cut = singular[0] * max(rcond, 10 * torch.finfo(singular.dtype).eps)
-        return _truncated(singular.square(), right.T, singular[:, None] * (left.T @ t), singular > cut, basis)
+        keep = singular > singular[0] * max(rcond, 10 * torch.finfo(singular.dtype).eps)
+        weight = right[keep].T @ ((left[:, keep].T @ t) / singular[keep, None])
+        return Solution(weight if basis is None else basis @ weight, int(keep.sum()), spread(singular[keep]))
 
     @property
     def moments(self) -> tuple[Tensor, float]:
@@ -148,9 +147,16 @@ def finite(*sums: Tensor) -> None:
         raise Diverged("a layer's features or targets are not finite: nothing was written; look at the data, or raise algo.rcond")
 
 
-def _truncated(values: Tensor, vectors: Tensor, cross: Tensor, keep: Tensor, basis: Tensor | None) -> Solution:
-    """From eigenvalues, eigenvectors and the cross products along them."""
-    weight = vectors[:, keep] @ (cross[keep] / values[keep, None])
-    kept = values[keep]
-    condition = float((kept.max() / kept.min()).sqrt()) if len(kept) else float("inf")
-    return Solution(weight if basis is None else basis @ weight, int(keep.sum()), condition)
+def truncated(gram: Tensor, cross: Tensor, rcond: float, eps: float = torch.finfo(torch.float64).eps) -> Solution:
+    """The w of least norm that minimises w^T gram w - 2 w^T cross among the directions of gram (D, D) whose singular value, the root of
+    its eigenvalue, is above `rcond` of the greatest; cross (D, C), all double. `eps`: the precision that gram was added up in.
+    Raises Diverged where a value is not finite."""
+    finite(gram, cross)
+    values, vectors = torch.linalg.eigh(gram)
+    keep = values > values[-1] * max(rcond**2, 10 * eps)
+    values, vectors = values[keep], vectors[:, keep]
+    return Solution(vectors @ (vectors.T @ cross / values[:, None]), len(values), spread(values.sqrt()))
+
+
+def spread(singular: Tensor) -> float:
+    return float(singular.max() / singular.min()) if len(singular) else float("inf")

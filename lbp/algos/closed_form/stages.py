@@ -112,7 +112,7 @@ def sites(row: list[Stage]) -> dict[int, str]:
     return {i: block if blocks.count(block) == 1 else f"{block}.{blocks[:n].count(block) + 1}" for n, (i, block) in enumerate(zip(places, blocks))}
 
 
-def pulled(stages, t: Tensor, to: int, path: list[Tensor] | None, change: bool) -> Tensor:
+def pulled(stages, t: Tensor, to: int, path: list[Tensor] | None, change: bool = False) -> Tensor:
     """Targets, or changes, of the network's output as those of the output of stage `to`; `path`: the inputs of all stages, and the output."""
     i = len(stages) - 1
     while i > to:

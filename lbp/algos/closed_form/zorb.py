@@ -40,10 +40,10 @@ class Zorb(LearningRule):
         self.rcond, self.inverse_rcond, self.ridge, self.sweeps, self.solver = rcond, inverse_rcond, ridge, sweeps, solver
         self.precision = {"fp32": torch.float32, "fp64": torch.float64}[precision]
         self.stages = stages(network, "zorb", variant)
-        bounded = [stage for stage in self.stages if isinstance(stage, Activation) and stage.ends is not None and stage.above is not None]
+        self.bounded = [stage for stage in self.stages if isinstance(stage, Activation) and stage.ends is not None and stage.above is not None]
         like = network.head.weight
-        self.register_buffer("scales", torch.tensor([[1.0, 0.0]] * len(bounded), dtype=torch.float64, device=like.device).view(-1, 2))
-        self.bounded = bounded
+        self.register_buffer("scales", torch.tensor([[1.0, 0.0]] * len(self.bounded), dtype=torch.float64, device=like.device).view(-1, 2))
+        self.register_buffer("noise_seed", torch.randint(2**31, (), device=like.device))
 
     def groups(self):
         return {}
@@ -59,41 +59,40 @@ class Zorb(LearningRule):
         self.network.eval()
         for stage, scale in zip(self.bounded, self.scales):
             stage.scale = scale
-        above, stage = self.stages[site + 1 :], self.stages[site]
+        stage, above = self.stages[site], self.stages[site + 1 :]
         for other in above:
             if isinstance(other, (Weights, Sum)):
                 other.prepare(self.inverse_rcond)
-        by_class = self.task.classes is not None and not any(isinstance(other, Sum) for other in above)
-        codes = self.wanted(torch.eye(self.task.outputs, dtype=torch.float64, device=self.scales.device)) if by_class else None
+        by_class = self.task.classes is not None and self.task.loss_name != "cross_entropy" and not any(other.needs_samples for other in above)
+        classes = torch.arange(self.task.outputs, device=self.scales.device)
+
+        def samples():
+            """(their trace, labels), in passes that all see the same noise."""
+            for i, other in enumerate(above):
+                other.noise = torch.Generator().manual_seed(int(self.noise_seed) + site * len(self.stages) + i)
+            for x, y in batches(rows_at_once(stage)):
+                yield trace(self.stages[: site if by_class else None], x), y
 
         def targets():
-            """(their trace, targets at the output): of each class once, or of the samples, batch by batch."""
-            if by_class:
-                yield None, codes
-            else:
-                for x, y in batches(rows_at_once(stage)):
-                    yield trace(self.stages, x), self.wanted(self.task.onehot(y).double().view(len(y), -1))
+            yield from [(None, self.wanted(classes, None))] if by_class else ((path, self.wanted(y, path[-1])) for path, y in samples())
 
         self.settle(site, targets)
-        codes = codes if codes is None else self.down(codes, site, None)
-        dense = by_class and not stage.conv     # then labels are enough to be solved for, and targets are multiplied with after
-        columns = self.task.outputs if dense else stage.module.weight.shape[0]
+        codes = pulled(self.stages, self.wanted(classes, None), site, None) if by_class else None
+        dense = by_class and not stage.conv     # then the labels themselves are solved for, and their targets are multiplied with after
+        columns = self.task.outputs if dense else len(stage.module.weight)
 
         def least_squares(kind: str):
             found = {"gram": partial(Gram, dtype=self.precision), "qr": QR, "exact": Exact}[kind](stage.features, columns, self.network.head.weight)
-            for x, y in batches(rows_at_once(stage)):
-                path = trace(self.stages if codes is None else self.stages[:site], x)
+            for path, y in samples():
                 if dense:
                     t = self.task.onehot(y, torch.float64)
-                elif by_class:
-                    t = stage.flat(codes[y])
                 else:
-                    t = stage.flat(self.down(self.wanted(self.task.onehot(y).double().view(len(y), -1)), site, path))
+                    t = stage.flat(codes[y] if by_class else pulled(self.stages, self.wanted(y, path[-1]), site, path))
                 found.add(stage.rows(path[site]), t)
             found.gather()
             return found
 
-        found = least_squares(self.solver if self.solver != "auto" else "gram")
+        found = least_squares("gram" if self.solver == "auto" else self.solver)
         solution = found.solve(self.rcond, self.ridge, stage.basis())
         if self.solver == "auto" and solution.condition > 1 / TRUSTED and self.precision == torch.float64:
             found = least_squares("qr")
@@ -105,12 +104,13 @@ class Zorb(LearningRule):
                 other.fold()
         return finish(stage, found, solution, weight)
 
-    def wanted(self, t: Tensor) -> Tensor:
-        """(N, outputs): what the head is to give for one-hot labels or real targets t, the inverse of the loss's own output function."""
-        smooth = self.task.label_smoothing
-        t = t * (1 - smooth) + smooth / self.task.outputs if smooth else t
+    def wanted(self, y: Tensor, out: Tensor | None) -> Tensor:
+        """(N, outputs) in double: what the head is to give for labels or real targets y, the inverse of the loss's own output function;
+        that of softmax keeps the logarithm of the sum that the outputs have now."""
+        t = self.task.onehot(y, torch.float64).view(len(y), -1)
         if self.task.loss_name == "cross_entropy":
-            return (t + INSIDE).log()
+            t = t + self.task.label_smoothing * (1 / self.task.outputs - t)
+            return (t + INSIDE).log() + out.double().logsumexp(1, keepdim=True)
         return t.clamp(INSIDE, 1 - INSIDE).logit() if self.task.loss_name == "bce" else t
 
     def settle(self, site: int, targets) -> None:
@@ -120,9 +120,8 @@ class Zorb(LearningRule):
             if isinstance(stage, Activation) and stage.scaled and site >= self.around(i):
                 reach = self.scales.new_full((2,), -torch.inf)
                 for path, t in targets():
-                    if len(t):
-                        t = self.down(t, i, path)
-                        reach = torch.maximum(reach, torch.stack((-t.min(), t.max())))
+                    t = pulled(self.stages, t, i, path)
+                    reach = torch.maximum(reach, torch.stack((-t.min(), t.max())))
                 finite(reach := ranks.most(reach))
                 stage.span = -float(reach[0]), float(reach[1])
 
@@ -134,7 +133,3 @@ class Zorb(LearningRule):
             if isinstance(stage, Sum):
                 return self.stages.index(stage.fork)
         return 0
-
-    def down(self, t: Tensor, to: int, path: list[Tensor] | None) -> Tensor:
-        """Targets of the network's output, as targets of the output of stage `to`."""
-        return pulled(self.stages, t, to, path, change=False)

@@ -160,7 +160,7 @@ def test_the_console_shows_them(tmp_path):
 # ---- the test split after every epoch
 
 @pytest.mark.parametrize("more, steps", [
-    ((), [4, 8]), (("dataset.val_size=0",), [4, 8]), (("algo=elm",), [0]), (("algo=ldrl", "algo.feedback_epochs=1"), [4, 8, 12]),
+    ((), [4, 8]), (("dataset.val_size=0",), [4, 8]), (("algo=elm",), [1]), (("algo=ldrl", "algo.feedback_epochs=1"), [4, 8, 12]),
     (("trainer.epochs=0",), [0])], ids=str)
 def test_after_every_epoch_and_once(more, steps):
     if "algo=elm" in more:

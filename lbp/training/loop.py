@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lbp import interrupt, ranks
@@ -65,9 +66,9 @@ class Loop:
             while number == state.phase and state.phase_epoch < epochs and not self.enough():
                 self.rule.train()
                 try:
-                    self.fit(phase) if phase.fit else self.learn(phase)
+                    solved = self.fit(phase) if phase.fit else self.learn(phase)
                     if not self.progress.late:
-                        self.close_epoch(phase)
+                        self.close_epoch(phase, solved)
                 except Diverged as error:
                     saved = self.progress.saved
                     error.add_note(f"at step {state.step + 1}, in epoch {state.epoch + 1}"
@@ -156,8 +157,8 @@ class Loop:
         self.state.total.update(record["total"])
         return record
 
-    def fit(self, phase: Phase) -> None:
-        """A phase that solves: the rule runs over the data as often as it needs. Interrupted, it begins again."""
+    def fit(self, phase: Phase) -> Solved:
+        """A phase that solves, which counts as one step: the rule runs over the data as often as it needs. Interrupted, it begins again."""
         from torch.utils.flop_counter import FlopCounterMode
 
         def batches(rows: int):
@@ -169,8 +170,10 @@ class Loop:
                 self.state.targets += len(x)    # to be seen on the way
 
         self.progress.save()
-        self.progress.start_lap()
         counter = FlopCounterMode(display=False)
+        with counter:
+            torch.zeros(1).sum()    # its first operation imports for a second or two, which is no training
+        self.progress.start_lap()
         with counter:
             solved = phase.fit(batches) or Solved()
         self.progress.lap()
@@ -182,13 +185,11 @@ class Loop:
         for layer, values in solved.blocks.items():
             state.layers.setdefault(layer, {}).update(values)
         state.train = evaluate(self.rule, self.task, self.data.train, self.env)
-        if self.metrics["every"]:
-            self.log.write({"step": state.step, "epoch": state.epoch + 1, "split": "train", "phase": phase.name, **state.train,
-                            "layers": solved.blocks})
+        return solved
 
-    def close_epoch(self, phase: Phase) -> None:
+    def close_epoch(self, phase: Phase, solved: Solved | None) -> None:
         """Evaluates, logs and saves."""
-        state, values = self.state, {}
+        state, values = self.state, {"layers": solved.blocks} if solved and solved.blocks else {}
         whole = self.progress.content()  # where an interrupted evaluation goes on
         try:
             found = evaluate(self.rule, self.task, self.data.val, self.env) if self.data.val else None

@@ -8,7 +8,7 @@ from torch import Tensor
 from lbp.algos import ops
 from lbp.algos.closed_form.inverses import Sum, Weights
 from lbp.algos.closed_form.least_squares import Gram, with_constant
-from lbp.algos.closed_form.stages import finish, look, one_answer, pulled, rows_at_once, sites, stages, trace
+from lbp.algos.closed_form.stages import finish, look, pulled, rows_at_once, sites, stages, trace
 from lbp.algos.rule import Facts, LearningRule, Phase, Solved
 from lbp.errors import Refused
 
@@ -32,7 +32,6 @@ class DZorb(LearningRule):
     def __init__(self, network, task, *, step: float, sweeps: int, ridge: float, head_ridge: float, inverse_ridge: float,
                  precision: str):
         super().__init__(network, task)
-        one_answer(task, "dzorb")
         if task.loss_name != "mse":
             raise Refused(f"algo=dzorb solves a squared loss, not dataset.loss={task.loss_name}; leave it out or set dataset.loss=mse")
         self.step, self.sweeps, self.ridge, self.head_ridge, self.inverse_ridge = step, sweeps, ridge, head_ridge, inverse_ridge

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lbp.algos import ops
 from lbp.algos.closed_form.inverses import Weights
 from lbp.algos.closed_form.least_squares import Gram, Solution, truncated
-from lbp.algos.closed_form.stages import finish, look, one_answer, rows_at_once
+from lbp.algos.closed_form.stages import finish, look, rows_at_once
 from lbp.algos.rule import Facts, LearningRule, Phase, Solved
 from lbp.errors import Refused
 
@@ -28,7 +28,6 @@ class MLELM(LearningRule):
 
     def __init__(self, network, task, *, rcond: float, ridge: float):
         super().__init__(network, task)
-        one_answer(task, "ml_elm")
         if task.loss_name != "mse":
             raise Refused(f"algo=ml_elm solves a squared loss, not dataset.loss={task.loss_name}; leave it out or set dataset.loss=mse")
         self.rcond, self.ridge = rcond, ridge

@@ -152,11 +152,6 @@ def look(task, batches) -> Solved:
     return Solved({}, [f"class {', '.join(missing)}: no training sample, so nothing is asked for there but 0"] if missing else [])
 
 
-def one_answer(task, rule: str) -> None:
-    if task.sequence:
-        raise Refused(f"algo={rule} takes one answer a sample, and the dataset asks for one at each token; use algo=dfa or algo=local")
-
-
 def finish(stage: Weights, found: Gram | QR, solution: Solution, weight: Tensor) -> Solved:
     """Writes a layer's solution (D + 1, out), in the coordinates of its inputs as they are, and says how it was found."""
     stage.write(weight)

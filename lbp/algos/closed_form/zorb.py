@@ -8,7 +8,7 @@ from torch import Tensor
 from lbp import ranks
 from lbp.algos.closed_form.least_squares import TRUSTED, QR, Exact, Gram, finite
 from lbp.algos.closed_form.inverses import INSIDE, Activation, Fork, Sum, Weights
-from lbp.algos.closed_form.stages import finish, look, one_answer, pulled, rows_at_once, sites, stages, trace
+from lbp.algos.closed_form.stages import finish, look, pulled, rows_at_once, sites, stages, trace
 from lbp.algos.rule import Facts, LearningRule, Phase, Solved
 from lbp.errors import Refused
 
@@ -34,7 +34,6 @@ class Zorb(LearningRule):
     def __init__(self, network, task, *, rcond: float, inverse_rcond: float, ridge: float, sweeps: int, solver: str, precision: str,
                  variant: str):
         super().__init__(network, task)
-        one_answer(task, "zorb")
         if solver == "exact" and ranks.world() > 1:
             raise Refused("algo.solver=exact keeps all samples in one process; use algo.solver=auto with launch.ranks")
         self.rcond, self.inverse_rcond, self.ridge, self.sweeps, self.solver = rcond, inverse_rcond, ridge, sweeps, solver

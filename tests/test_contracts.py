@@ -512,7 +512,8 @@ MUST = {name: set(ARCHS) for name in ("bp", "shallow", "fa", "kp", "dfa", "local
                                               "pred", "mono_forward", "sim", "predsim", "greedy", "dgl", "sigprop", "machines", "mixed", "dni", "cdni")} | {
     "tbptt": {"rnn", "lstm", "gru"}, "tbptt_dni": {"rnn", "lstm", "gru"},
     "ldrl": PLAIN, "tp": PLAIN, "dtp": PLAIN, "dtp_drl": PLAIN, "fw_dtp": PLAIN, "ddtp_linear": PLAIN | {"vit"},
-    "forward_forward": PLAIN, "elm": PLAIN, "pepita": PLAIN, "cwc": PLAIN, "cafo": PLAIN, "cafo_gd": PLAIN,
+    **dict.fromkeys(("zorb", "dzorb"), PLAIN | {"resnet20", "resnet32", "resnet56", "resnet18", "vgg8b", "vgg11b"}), "ml_elm": PLAIN,
+    "readout": set(ARCHS), "forward_forward": PLAIN, "elm": PLAIN, "pepita": PLAIN, "cwc": PLAIN, "cafo": PLAIN, "cafo_gd": PLAIN,
     "softhebb": PLAIN, "scff": PLAIN, "ccl": PLAIN, "es": {*PLAIN, "vit"}, "genetic": {*PLAIN, "vit"},
     "drtp": set(ARCHS) - {"vit", "torchvision", "stack", *SEQUENTIAL}, "sdfa": set(ARCHS) - {"vit", "torchvision", "stack", *SEQUENTIAL}}
 
@@ -621,7 +622,7 @@ def test_regression_is_trained_or_refused(name):
         rule = build_algo(defaults("algo", name), small(home(name), task, name), task)
     except Refused as refused:
         assert f"algo={name}" in str(refused) and "regression" in str(refused)
-        assert name not in {"bp", "shallow", "fa", "kp", "dfa", "local", "elm", "ldrl"}
+        assert name not in {"bp", "shallow", "fa", "kp", "dfa", "local", "elm", "ldrl", "zorb", "dzorb", "ml_elm"}
     else:
         assert name != "forward_forward"
         x, y = batch(task)

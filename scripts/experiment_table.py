@@ -17,7 +17,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="+")
     parser.add_argument("--seeds", type=int, default=3)
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     everywhere = [text for text in args.experiments if "=" in text.split("+")[0]]
     print("| experiment | test | best epoch's test | training | seconds | MiB |\n| --- | --- | --- | --- | --- | --- |")
     for text in args.experiments:

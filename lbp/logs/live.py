@@ -127,6 +127,8 @@ class View:
         state, now = self.state, time.monotonic()
         epoch = min(state.epoch + 1, self.epochs)
         pieces = [Text(f"epoch {epoch}/{self.epochs}", "bold")]
+        if state.solving:
+            pieces.append(Text(f"{state.solving}, {state.targets:,} samples"))
         if self.total:
             share = min(state.step / self.total, 1.0)
             pieces += [*([Text(f"batch {min(state.batch, self.steps):,}/{self.steps:,}")] if share < 1 else []),

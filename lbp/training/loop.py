@@ -161,14 +161,19 @@ class Loop:
         """A phase that solves, which counts as one step: the rule runs over the data as often as it needs. Interrupted, it begins again."""
         from torch.utils.flop_counter import FlopCounterMode
 
+        passes = 0
+
         def batches(rows: int):
-            self.state.targets = 0
+            nonlocal passes
+            passes, self.state.targets = passes + 1, 0
+            self.state.solving = f"{phase.name}, pass {passes}"
             for x, y in self.data.train.passes(rows):
                 interrupt.poll()
                 if len(x):
                     yield x, y
                 self.state.targets += len(x)    # to be seen on the way
 
+        self.apply.still = None
         self.progress.save()
         counter = FlopCounterMode(display=False)
         with counter:
@@ -178,7 +183,7 @@ class Loop:
             solved = phase.fit(batches) or Solved()
         self.progress.lap()
         state = self.state
-        state.step, state.targets = state.step + 1, len(self.data.train)
+        state.step, state.targets, state.solving = state.step + 1, len(self.data.train), None
         state.flops_per_sample = (state.flops_per_sample or 0) + sum(ranks.gathered(counter.get_total_flops())[0]) / len(self.data.train)
         for note in solved.notes:
             self.progress.warn(note, note)

@@ -24,7 +24,7 @@ class State:
     """Where a run stands: after `step` batches, `epoch` epochs of which `phase_epoch` in the current phase, and `batch`
     batches of the epoch that was begun. Times in seconds; `loss` and `score` add up over the epoch on this rank;
     `layers` and `total` hold what was measured last, `measured` sums over the epoch's first batches (measure.add_up);
-    `lines` is the length of metrics.jsonl in bytes."""
+    `lines` is the length of metrics.jsonl in bytes; `solving` what a fit is at, while it is."""
 
     step: int = 0
     epoch: int = 0
@@ -51,6 +51,7 @@ class State:
     layers: dict[str, dict[str, float]] = field(default_factory=dict)
     total: dict[str, float] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
+    solving: str | None = None
 
     def means(self, task: Task) -> dict[str, float]:
         """Loss and metric over the epoch so far, of all ranks."""

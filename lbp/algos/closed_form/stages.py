@@ -15,7 +15,7 @@ from lbp.archs.network import Layer, Network
 from lbp.archs.resnet import ResidualUnit
 from lbp.errors import Refused
 
-ROWS = 4096         # samples at once
+ROWS = 1024         # samples at once
 PATCHES = 1 << 23   # values of their patches at once
 
 
@@ -144,7 +144,7 @@ def look(task, batches) -> Solved:
     """Goes over the data once. Raises Diverged where a value is not finite; says which classes have no sample."""
     counts = torch.zeros(task.outputs, dtype=torch.float64)
     for x, y in batches(ROWS):
-        finite(x, y)
+        finite(x.sum(dtype=torch.float64), y.sum(dtype=torch.float64))     # one pass: a sum is finite where its terms are
         if task.classes is not None:
             counts += torch.bincount(y.cpu(), minlength=task.outputs)
     ops.over_ranks(counts)
@@ -170,7 +170,8 @@ def finish(stage: Weights, found: Gram | QR, solution: Solution, weight: Tensor)
         few = f"{count:,.0f} rows are fewer than its {features:,} features" if count < features else \
             f"{features - solution.rank:,} of its {features:,} features are constant, or all but follow from others"
         notes.append(f"{stage.block}: {few}; took the solution of least norm in {solution.rank:,} directions")
-    return Solved({stage.block: {"rank": float(solution.rank), "condition": solution.condition}}, notes)
+    values = {"rank": float(solution.rank)} | ({} if solution.condition is None else {"condition": solution.condition})
+    return Solved({stage.block: values}, notes)
 
 
 def moments(gram: Tensor, count: float, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--plot", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     depths = [int(depth) for depth in args.depths.split(",")]
     everywhere = [text for text in args.rules if "=" in text.split("+")[0]]
     found = {}

@@ -88,8 +88,8 @@ PAIR = {
     # batch norms see each rank's own rows: without them where a rule prefers them
     **{algo: mlp(algo, **{"arch__norm": "none"} if prefers(algo).get("arch.norm") == "batch" else {}) for algo in ALGOS if algo not in RECURRENT},
     **{algo: cnn(algo, arch__width=6) for algo in RECURRENT},
-    **{f"{algo} cnn": cnn(algo) for algo in ("bp", "ldrl", "local", "forward_forward", "elm")},
-    **{f"{algo} regression": mlp(algo, vectors(targets=2), arch__activation="tanh") for algo in ("bp", "dfa", "ldrl", "elm")},
+    **{f"{algo} cnn": cnn(algo) for algo in ("bp", "ldrl", "local", "forward_forward", "elm", "zorb", "dzorb")},
+    **{f"{algo} regression": mlp(algo, vectors(targets=2), arch__activation="tanh") for algo in ("bp", "dfa", "ldrl", "elm", "zorb", "dzorb")},
     **{f"{algo} masked": masked(algo) for algo in ("bp", "dfa", "tbptt_dni")},
     **{f"{algo} odd": mlp(algo, trainer__batch_size=7) for algo in ("bp", "local", "ldrl", "forward_forward")},
     **{f"{algo} nan": with_nan(mlp(algo, trainer__on_nonfinite="skip")) for algo in ("bp", "kp", "local", "forward_forward", "ldrl")},
@@ -99,6 +99,7 @@ PAIR = {
     "means": mlp("fa", metrics__batches=2, metrics__test=True, trainer__shuffle=False, optimizer__bias_lr_factor=2.0),
     "feedback steps": mlp("ldrl", algo__feedback_steps=3, algo__feedback_epochs=1),
     "early": mlp("bp", dataset__val_size=8, trainer__epochs=60, trainer__patience=2, optimizer__lr=.1),
+    "zorb by QR": mlp("zorb", algo__solver="qr"), "zorb by samples": mlp("zorb", dataset__loss="cross_entropy", arch__activation="tanh"),
     "elm parts": mlp("elm", vectors(8193)),  # of 4096 a rank: the last part has one row
 }
 TRIPLE = {f"{name} of three": case for name, case in {

@@ -121,7 +121,12 @@ class Weights(Stage):
 
     def fed(self) -> Tensor:
         """As read, for the inputs a h + c."""
-        return torch.linalg.solve(self.basis(), self.read()) if self.feed is not None and self.feed.scaled else self.read()
+        rows = self.read()
+        if self.feed is not None and self.feed.scaled:
+            a, c = self.feed.scale
+            rows[:-1] /= a
+            rows[-1] -= c * rows[:-1].sum(0)
+        return rows
 
     def prepare(self, rcond: float, ridge: float = 0.0) -> None:
         """Finds the inverse map of the weights as they are: the pseudo-inverse, or with a ridge."""

@@ -36,14 +36,14 @@ class Gram:
 
     def add(self, x: Tensor, t: Tensor) -> None:
         """More rows: x (R, D) without the constant, t (R, C)."""
-        x = with_constant(x.to(self.dtype))
+        x = with_constant(x, self.dtype)
         for start in range(0, x.shape[1], STRIP):   # the upper triangle alone, which is half the work
             self.gram[start : start + STRIP, start:] += x[:, start : start + STRIP].T @ x[:, start:]
         self.cross += x.T @ t.to(self.dtype)
 
     def gather(self) -> None:
         """When all rows are in: adds up over the ranks."""
-        self.gram = self.gram.triu() + self.gram.triu(1).T
+        self.gram.triu_().add_(self.gram.triu(1).T)
         ops.over_ranks(self.gram, self.cross)
 
     def solve(self, rcond: float, ridge: float = 0.0, basis: Tensor | None = None) -> Solution:
@@ -54,7 +54,8 @@ class Gram:
         what was added up is not finite.
         """
         gram, cross = in_basis(self.gram, basis), self.cross if basis is None else basis.T @ self.cross
-        gram = gram + penalty(gram, ridge).diag()
+        if ridge:
+            gram = gram + penalty(gram, ridge).diag()
         if ridge and not rcond:
             finite(gram, cross)
             factor, info = torch.linalg.cholesky_ex(gram)
@@ -78,7 +79,7 @@ class QR:
         self.features, self.rows = features, like.new_zeros(0, features + 1 + targets, dtype=torch.float64)
 
     def add(self, x: Tensor, t: Tensor) -> None:
-        rows = torch.cat([self.rows, torch.cat([with_constant(x.double()), t.double()], 1)])
+        rows = torch.cat([self.rows, torch.cat([with_constant(x, torch.float64), t.double()], 1)])
         finite(rows)
         self.rows = torch.linalg.qr(rows, mode="r").R
 
@@ -113,7 +114,7 @@ class Exact(QR):
     """All rows are kept and their singular values decomposed, as ZORB does: the oracle of the two others."""
 
     def add(self, x, t):
-        rows = torch.cat([with_constant(x.double()), t.double()], 1)
+        rows = torch.cat([with_constant(x, torch.float64), t.double()], 1)
         finite(rows)
         self.kept = [*getattr(self, "kept", []), rows]
 
@@ -137,8 +138,10 @@ def ridge_solution(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
     return solution
 
 
-def with_constant(x: Tensor) -> Tensor:
-    return torch.cat([x, x.new_ones(len(x), 1)], 1)
+def with_constant(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    rows = x.new_ones(len(x), x.shape[1] + 1, dtype=dtype)
+    rows[:, :-1] = x
+    return rows
 
 
 def in_basis(gram: Tensor, basis: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from lbp.archs.network import Layer, Network
 from lbp.archs.resnet import ResidualUnit
 from lbp.errors import Refused
 
-ROWS = 1024         # samples at once
+ROWS = 512          # samples at once
 PATCHES = 1 << 23   # values of their patches at once
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from lbp.algos.closed_form import inverses
 from lbp.algos.closed_form.inverses import Activation, BatchNorm, Flatten, Pool, Weights
-from lbp.algos.closed_form.least_squares import QR, Exact, Gram
+from lbp.algos.closed_form.least_squares import QR, Coordinates, Exact, Gram
 from lbp.algos.closed_form.ml_elm import autoencoder
 from lbp.algos.closed_form.stages import pulled, sites, stages, trace
 from lbp.archs.hard import Sign, Step
@@ -76,14 +76,22 @@ def test_a_ridge_is_rows_below(kind):
 
 
 @pytest.mark.parametrize("kind", [Gram, QR, Exact])
-def test_a_basis_says_where_norms_are_meant(kind):
+def test_coordinates_say_where_norms_are_meant(kind):
     """Least norm in the coordinates 5 x + 2, as an answer for x."""
     x, t = (rows[:6] for rows in problem(1e1))      # fewer than the features
-    basis = torch.eye(9, dtype=DOUBLE) * 5
+    basis = np.eye(9) * 5
     basis[-1, :-1], basis[-1, -1] = 2, 1
-    ones = np.hstack([x.numpy(), np.ones((len(x), 1))]) @ basis.numpy()
-    expected = basis.numpy() @ np.linalg.pinv(ones) @ t.numpy()
-    np.testing.assert_allclose(added(kind, x, t).solve(1e-6, basis=basis).weight, expected, rtol=1e-6, atol=1e-7)
+    ones = np.hstack([x.numpy(), np.ones((len(x), 1))]) @ basis
+    expected = basis @ np.linalg.pinv(ones) @ t.numpy()
+    np.testing.assert_allclose(added(kind, x, t).solve(1e-6, seen=Coordinates(5.0, 2.0)).weight, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", [Gram, QR, Exact])
+def test_without_an_intercept_there_is_none(kind):
+    x, t = problem(1e1)
+    weight, rank, _ = added(kind, x, t).solve(1e-6, seen=Coordinates(constant=0.0))
+    np.testing.assert_allclose(weight[:-1], np.linalg.lstsq(x.numpy(), t.numpy(), rcond=None)[0], rtol=1e-6, atol=1e-7)
+    assert rank == 8 and not weight[-1].any()
 
 
 @pytest.mark.parametrize("kind", [Gram, QR, Exact])

@@ -62,7 +62,7 @@ class DZorb(LearningRule):
             t = wanted if head else pulled(self.stages, wanted - path[-1], site, path, change=True)
             found.add(stage.rows(path[site]), stage.flat(t))
         found.gather()
-        solution = found.solve(0.0, self.head_ridge if head else self.ridge, stage.basis())
+        solution = found.solve(0.0, self.head_ridge if head else self.ridge, stage.seen)
         weight = solution.weight if head else stage.read() + self.step * self.reach(stage, solution.weight, batches) * solution.weight
         return finish(stage, found, solution, weight)
 

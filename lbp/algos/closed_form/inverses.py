@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lbp import ranks
+from lbp.algos.closed_form.least_squares import Coordinates
 from lbp.algos.targets.solve import INVERSES as ELEMENTWISE
 from lbp.algos.targets.solve import MARGIN
 from lbp.archs.hard import Argmax, Sign, Step
@@ -89,18 +90,13 @@ class Weights(Stage):
         return tuple((side + 2 * p - d * (k - 1) - 1) // s + 1
                      for side, p, d, k, s in zip(self.shape[1:], m.padding, m.dilation, m.kernel_size, m.stride))
 
-    def basis(self) -> Tensor | None:
-        """(D + 1, D + 1): [h, 1] basis = [a h + c, 1]; without an intercept [h, 0]. None where that changes nothing."""
-        basis = torch.eye(self.features + 1, dtype=torch.float64, device=self.module.weight.device)
-        if not self.intercept:
-            basis[-1, -1] = 0
-            return basis
+    @property
+    def seen(self) -> Coordinates:
+        """How its inputs are seen in solving: as a h + c where an activation's rescaling feeds it."""
         if self.feed is None or not self.feed.scaled:
-            return None
-        a, c = self.feed.scale
-        basis[:-1, :-1] *= a
-        basis[-1, :-1] = c
-        return basis
+            return Coordinates(constant=float(self.intercept))
+        a, c = self.feed.scale.tolist()
+        return Coordinates(a, c)
 
     def read(self) -> Tensor:
         """(D + 1, out) in double; the intercept in the last row."""
@@ -120,12 +116,10 @@ class Weights(Stage):
             self.norm.module.running_mean.sub_(bias)
 
     def fed(self) -> Tensor:
-        """As read, for the inputs a h + c."""
-        rows = self.read()
-        if self.feed is not None and self.feed.scaled:
-            a, c = self.feed.scale
-            rows[:-1] /= a
-            rows[-1] -= c * rows[:-1].sum(0)
+        """As read, for the inputs as they are seen."""
+        rows, (a, c, _) = self.read(), self.seen
+        rows[:-1] /= a
+        rows[-1] -= c * rows[:-1].sum(0)
         return rows
 
     def prepare(self, rcond: float, ridge: float = 0.0) -> None:
@@ -155,7 +149,7 @@ class Weights(Stage):
 
     def change(self, d, x, h):
         back = self.back(self.flat(d))
-        return back / self.feed.scale[0] if self.feed is not None and self.feed.scaled else back
+        return back / self.seen.a
 
 
 class BatchNorm(Stage):
@@ -221,7 +215,7 @@ class Activation(Stage):
             rows, (low, high) = self.above.fed(), self.range
             a = (self.span[1] - self.span[0]) / (high - low) or 1.0
             self.scale.copy_(torch.tensor([a, (sum(self.span) - a * (low + high)) / 2]))
-            self.above.write(self.above.basis() @ rows)
+            self.above.write(self.above.seen.weight(rows))
             self.span = None
 
     def target(self, t, x, h):

@@ -24,6 +24,30 @@ class Solution(NamedTuple):
     condition: float | None
 
 
+class Coordinates(NamedTuple):
+    """In which features [h, 1] are seen: [a h + c, constant]. A constant of 0 is that of a layer without intercept."""
+
+    a: float = 1.0
+    c: float = 0.0
+    constant: float = 1.0
+
+    def rows(self, x: Tensor) -> Tensor:
+        """(R, D + 1) of [h, 1] -> the same rows, as they are seen."""
+        seen = x * self.a
+        seen[:, :-1] += self.c * x[:, -1:]
+        seen[:, -1] = self.constant * x[:, -1]
+        return seen
+
+    def weight(self, w: Tensor) -> Tensor:
+        """(D + 1, C) for what is seen -> for [h, 1]."""
+        weight = self.a * w
+        weight[-1] = self.constant * w[-1] + self.c * w[:-1].sum(0)
+        return weight
+
+
+AS_THEY_ARE = Coordinates()
+
+
 class Gram:
     """X^T X and X^T T of rows X (R, D + 1), whose last feature is the constant 1, and T (R, C): O(D^2) memory, ranks add up.
 
@@ -46,36 +70,37 @@ class Gram:
         self.gram.triu_().add_(self.gram.triu(1).T)
         ops.over_ranks(self.gram, self.cross)
 
-    def solve(self, rcond: float, ridge: float = 0.0, basis: Tensor | None = None) -> Solution:
+    def solve(self, rcond: float, ridge: float = 0.0, seen: Coordinates = AS_THEY_ARE) -> Solution:
         """The least squares solution, of least norm, among directions whose singular value is above `rcond` of the greatest.
 
-        `ridge` penalises squared weights but the intercept's, relative to the mean square of a feature. `basis` (D + 1, D + 1): the
-        features are X basis, in which cut, penalty and norm are meant; the solution is for X. Raises Diverged where
-        what was added up is not finite.
+        `ridge` penalises squared weights but the intercept's, relative to the mean square of a feature. Cut, penalty and norm are meant
+        of the features as they are `seen`; the solution is for X. Raises Diverged where what was added up is not finite.
         """
-        gram, cross = in_basis(self.gram, basis), self.cross if basis is None else basis.T @ self.cross
+        gram, cross = self.gram, self.cross
+        if seen != AS_THEY_ARE:
+            gram, cross = seen.rows(seen.rows(gram).T), seen.rows(cross.T).T
         if ridge:
-            gram = gram + penalty(gram, ridge).diag()
+            gram = gram + penalty(gram.diagonal(), ridge).diag()
         if ridge and not rcond:
             finite(gram, cross)
             factor, info = torch.linalg.cholesky_ex(gram)
             if not info:    # a tenth of the time of the eigenvalues
-                weight = torch.cholesky_solve(cross, factor)
-                return Solution(weight if basis is None else basis @ weight, len(gram), None)
+                return Solution(seen.weight(torch.cholesky_solve(cross, factor)), len(gram), None)
         found = truncated(gram, cross, rcond, torch.finfo(self.dtype).eps)
-        return found if basis is None else found._replace(weight=basis @ found.weight)
+        return found._replace(weight=seen.weight(found.weight))
 
     @property
-    def moments(self) -> tuple[Tensor, float]:
-        """(X^T X, number of rows)"""
-        return self.gram, float(self.gram[-1, -1])
+    def count(self) -> float:
+        """Rows."""
+        return float(self.gram[-1, -1])
 
 
 class QR:
-    """The triangle of a QR decomposition of rows [X T], brought up to date by each batch: as little memory, and no square is taken,
-    so that also directions show which a Gram matrix in double loses (condition numbers above 1e7)."""
+    """The triangle of a QR decomposition of rows [X T], brought up to date by each batch: as little memory, less where rows are fewer than
+    features, and no square is taken, so that also directions show which a Gram matrix in double loses (condition numbers above
+    1e7)."""
 
-    def __init__(self, features: int, targets: int, like: Tensor, dtype: torch.dtype = torch.float64):
+    def __init__(self, features: int, targets: int, like: Tensor):
         self.features, self.rows = features, like.new_zeros(0, features + 1 + targets, dtype=torch.float64)
 
     def add(self, x: Tensor, t: Tensor) -> None:
@@ -84,43 +109,50 @@ class QR:
         self.rows = torch.linalg.qr(rows, mode="r").R
 
     def gather(self) -> None:
-        every = self.rows.new_zeros(ranks.world(), self.rows.shape[1], self.rows.shape[1])
-        every[ranks.rank(), : len(self.rows)] = self.rows
-        ops.over_ranks(every)
         if ranks.world() > 1:
+            every = self.rows.new_zeros(ranks.world(), self.rows.shape[1], self.rows.shape[1])
+            every[ranks.rank(), : len(self.rows)] = self.rows
+            ops.over_ranks(every)
             self.rows = torch.linalg.qr(every.flatten(0, 1), mode="r").R
 
-    def solve(self, rcond: float, ridge: float = 0.0, basis: Tensor | None = None) -> Solution:
+    def solve(self, rcond: float, ridge: float = 0.0, seen: Coordinates = AS_THEY_ARE) -> Solution:
         """As a Gram matrix does."""
-        x, t = self.rows[:, : self.features + 1], self.rows[:, self.features + 1 :]
-        gram = in_basis(x.T @ x, basis)
-        x = x if basis is None else x @ basis
+        x, t = seen.rows(self.x), self.rows[:, self.features + 1 :]
         if ridge:
-            x = torch.cat([x, penalty(gram, ridge).sqrt().diag()])
-            t = torch.cat([t, t.new_zeros(len(gram), t.shape[1])])
+            below = penalty(x.square().sum(0), ridge).sqrt().diag()
+            x, t = torch.cat([x, below]), torch.cat([t, t.new_zeros(len(below), t.shape[1])])
         left, singular, right = torch.linalg.svd(x, full_matrices=False)
         keep = singular > singular[0] * max(rcond, 10 * torch.finfo(singular.dtype).eps)
         weight = right[keep].T @ ((left[:, keep].T @ t) / singular[keep, None])
-        return Solution(weight if basis is None else basis @ weight, int(keep.sum()), spread(singular[keep]))
+        return Solution(seen.weight(weight), int(keep.sum()), spread(singular[keep]))
 
     @property
-    def moments(self) -> tuple[Tensor, float]:
-        x = self.rows[:, : self.features + 1]
-        gram = x.T @ x
-        return gram, float(gram[-1, -1])
+    def x(self) -> Tensor:
+        return self.rows[:, : self.features + 1]
+
+    @property
+    def gram(self) -> Tensor:
+        return self.x.T @ self.x
+
+    @property
+    def count(self) -> float:
+        return round(float(self.x[:, -1].square().sum()))
 
 
 class Exact(QR):
     """All rows are kept and their singular values decomposed, as ZORB does: the oracle of the two others."""
 
+    def __init__(self, features: int, targets: int, like: Tensor):
+        super().__init__(features, targets, like)
+        self.kept: list[Tensor] = []
+
     def add(self, x, t):
-        rows = torch.cat([with_constant(x, torch.float64), t.double()], 1)
-        finite(rows)
-        self.kept = [*getattr(self, "kept", []), rows]
+        self.kept.append(torch.cat([with_constant(x, torch.float64), t.double()], 1))
+        finite(self.kept[-1])
 
     def gather(self):
         self.rows = torch.cat(self.kept)
-        del self.kept
+        self.kept = []
 
 
 def ridge_solution(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
@@ -144,13 +176,9 @@ def with_constant(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return rows
 
 
-def in_basis(gram: Tensor, basis: Tensor | None) -> Tensor:
-    return gram if basis is None else basis.T @ gram @ basis
-
-
-def penalty(gram: Tensor, ridge: float) -> Tensor:
-    """The diagonal (D + 1,) that a relative ridge adds."""
-    diagonal = gram.new_full((len(gram),), ridge * float(gram.diagonal()[:-1].mean()))
+def penalty(squares: Tensor, ridge: float) -> Tensor:
+    """The diagonal (D + 1,) that a relative ridge adds, from the features' sums of squares (D + 1,)."""
+    diagonal = torch.full_like(squares, ridge * float(squares[:-1].mean()))
     diagonal[-1] = 0
     return diagonal
 

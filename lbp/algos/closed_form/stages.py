@@ -155,17 +155,12 @@ def look(task, batches) -> Solved:
 def finish(stage: Weights, found: Gram | QR, solution: Solution, weight: Tensor) -> Solved:
     """Writes a layer's solution (D + 1, out), in the coordinates of its inputs as they are, and says how it was found."""
     stage.write(weight)
-    gram, count = found.moments
+    count, features, notes = found.count, stage.features + stage.intercept, []
     if stage.norm is not None:
         rows = weight.clone()
         if stage.module.bias is None:
             rows[-1] = 0
-        stage.norm.settle(*moments(gram, count, rows))
-    features = stage.features + stage.intercept
-    notes = []
-    if type(found) is QR:
-        notes.append(f"{stage.block}: solved by QR, since a Gram matrix would lose directions that algo.rcond keeps "
-                     f"(condition number {solution.condition:.1e})")
+        stage.norm.settle(*moments(found.gram, count, rows))
     if solution.rank < features:
         few = f"{count:,.0f} rows are fewer than its {features:,} features" if count < features else \
             f"{features - solution.rank:,} of its {features:,} features are constant, or all but follow from others"

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from lbp import ranks
+from lbp.algos.ops import over_ranks
 from lbp.algos.closed_form.least_squares import TRUSTED, QR, Exact, Gram, finite
 from lbp.algos.closed_form.inverses import INSIDE, Activation, Fork, Sum, Weights
-from lbp.algos.closed_form.stages import finish, look, pulled, rows_at_once, sites, stages, trace
+from lbp.algos.closed_form.stages import ROWS, finish, look, pulled, rows_at_once, sites, stages, trace
 from lbp.algos.rule import Facts, LearningRule, Phase, Solved
 from lbp.errors import Refused
+
+MANY = 2048     # features beyond which it is worth a look whether there are as many rows
 
 
 class Zorb(LearningRule):
@@ -91,17 +95,33 @@ class Zorb(LearningRule):
             found.gather()
             return found
 
-        found = least_squares("gram" if self.solver == "auto" else self.solver)
-        solution = found.solve(self.rcond, self.ridge, stage.basis())
-        if self.solver == "auto" and solution.condition > 1 / TRUSTED and self.precision == torch.float64:
-            found = least_squares("qr")
-            solution = found.solve(self.rcond, self.ridge, stage.basis())
+        kind, why = self.solver, ""
+        if kind == "auto":
+            kind = "gram"
+            if stage.features > MANY and (rows := self.rows(stage, batches)) < stage.features:
+                kind, why = "qr", f"its {rows:,} rows are fewer than its features"
+        found = least_squares(kind)
+        solution = found.solve(self.rcond, self.ridge, stage.seen)
+        if self.solver == "auto" and kind == "gram" and solution.condition > 1 / TRUSTED and self.precision == torch.float64:
+            found, why = least_squares("qr"), "a Gram matrix would lose directions that algo.rcond keeps"
+            solution = found.solve(self.rcond, self.ridge, stage.seen)
         weight = solution.weight @ codes if dense else solution.weight
         finite(weight)
         for other in above:
             if isinstance(other, Activation):
                 other.fold()
-        return finish(stage, found, solution, weight)
+        solved = finish(stage, found, solution, weight)
+        if why:
+            solved.notes.append(f"{stage.block}: solved by QR, since {why}")
+        return solved
+
+    def rows(self, stage: Weights, batches) -> int:
+        """How many rows a layer has, over the ranks."""
+        count = torch.zeros((), dtype=torch.float64)
+        for x, _ in batches(ROWS):
+            count += len(x)
+        over_ranks(count)
+        return int(count) * (math.prod(stage.places) if stage.conv else 1)
 
     def wanted(self, y: Tensor, out: Tensor | None) -> Tensor:
         """(N, outputs) in double: what the head is to give for labels or real targets y, the inverse of the loss's own output function;

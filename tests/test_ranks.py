@@ -84,12 +84,15 @@ def with_nan(made):
     return spoiled
 
 
+DOUBLE = {"dzorb": {"algo__precision": "fp64"}}     # products in fp32 are rounded otherwise where the parts are others
 PAIR = {
     # batch norms see each rank's own rows: without them where a rule prefers them
-    **{algo: mlp(algo, **{"arch__norm": "none"} if prefers(algo).get("arch.norm") == "batch" else {}) for algo in ALGOS if algo not in RECURRENT},
+    **{algo: mlp(algo, **{"arch__norm": "none"} if prefers(algo).get("arch.norm") == "batch" else {}, **DOUBLE.get(algo, {}))
+       for algo in ALGOS if algo not in RECURRENT},
     **{algo: cnn(algo, arch__width=6) for algo in RECURRENT},
-    **{f"{algo} cnn": cnn(algo) for algo in ("bp", "ldrl", "local", "forward_forward", "elm", "zorb", "dzorb")},
-    **{f"{algo} regression": mlp(algo, vectors(targets=2), arch__activation="tanh") for algo in ("bp", "dfa", "ldrl", "elm", "zorb", "dzorb")},
+    **{f"{algo} cnn": cnn(algo, **DOUBLE.get(algo, {})) for algo in ("bp", "ldrl", "local", "forward_forward", "elm", "zorb", "dzorb")},
+    **{f"{algo} regression": mlp(algo, vectors(targets=2), arch__activation="tanh", **DOUBLE.get(algo, {}))
+       for algo in ("bp", "dfa", "ldrl", "elm", "zorb", "dzorb")},
     **{f"{algo} masked": masked(algo) for algo in ("bp", "dfa", "tbptt_dni")},
     **{f"{algo} odd": mlp(algo, trainer__batch_size=7) for algo in ("bp", "local", "ldrl", "forward_forward")},
     **{f"{algo} nan": with_nan(mlp(algo, trainer__on_nonfinite="skip")) for algo in ("bp", "kp", "local", "forward_forward", "ldrl")},

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from lbp import ranks
-from lbp.algos.ops import over_ranks
-from lbp.algos.closed_form.least_squares import TRUSTED, QR, Exact, Gram, finite
 from lbp.algos.closed_form.inverses import INSIDE, Activation, Fork, Sum, Weights
+from lbp.algos.closed_form.least_squares import TRUSTED, QR, Exact, Gram, finite
 from lbp.algos.closed_form.stages import ROWS, finish, look, pulled, rows_at_once, sites, stages, trace
+from lbp.algos.ops import over_ranks
 from lbp.algos.rule import Facts, LearningRule, Phase, Solved
 from lbp.errors import Refused
 
@@ -102,7 +102,7 @@ class Zorb(LearningRule):
                 kind, why = "qr", f"its {rows:,} rows are fewer than its features"
         found = least_squares(kind)
         solution = found.solve(self.rcond, self.ridge, stage.seen)
-        if self.solver == "auto" and kind == "gram" and solution.condition > 1 / TRUSTED and self.precision == torch.float64:
+        if self.solver == "auto" and kind == "gram" and (solution.condition or 0) > 1 / TRUSTED and self.precision == torch.float64:
             found, why = least_squares("qr"), "a Gram matrix would lose directions that algo.rcond keeps"
             solution = found.solve(self.rcond, self.ridge, stage.seen)
         weight = solution.weight @ codes if dense else solution.weight

@@ -516,3 +516,29 @@ def test_a_read_out_ends_any_rule(inner, tmp_path):
 def test_a_read_out_of_what_is_none_is_refused(inner, word):
     with pytest.raises(Exception, match=word):
         build("readout", dense(), make_task(), rule=inner)
+
+
+# ---- how a layer is solved
+
+def test_a_ridge_alone_keeps_every_direction():
+    network, task = dense((6, 9, 7)), make_task(loss="mse")
+    x, y = batch(task, 40)
+    said = solved(build("zorb", network, task, rcond=0.0, ridge=1e-3), x, y)
+    assert [one.blocks for one in said[1:]] == [{"fc1": {"rank": 7.0}}, {"fc2": {"rank": 10.0}}, {"head": {"rank": 8.0}}]
+    assert not any(one.notes for one in said)
+
+
+def test_auto_says_when_it_takes_qr(monkeypatch):
+    """Where rcond keeps what a Gram matrix would lose, and where a layer has fewer rows than (many) features; the answer is exact's."""
+    task = make_task((12,), loss="mse")
+    for few, rcond, word in ((False, 1e-10, "would lose directions"), (True, 1e-4, "fewer than its features")):
+        monkeypatch.setattr("lbp.algos.closed_form.zorb.MANY", 8 if few else 2048)
+        found = []
+        for solver in ("auto", "exact"):
+            torch.manual_seed(2)
+            network, (x, y) = dense((12, 6), activation=nn.Tanh), batch(task, 9 if few else 40)
+            x[:, :6] *= 1e-7
+            said = [note for one in solved(build("zorb", network, task, solver=solver, rcond=rcond), x, y) for note in one.notes]
+            assert any(word in note for note in said) == (solver == "auto"), said
+            found.append(network(x))
+        torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)

@@ -185,8 +185,8 @@ class Loop:
         state = self.state
         state.step, state.targets, state.solving = state.step + 1, len(self.data.train), None
         state.flops_per_sample = (state.flops_per_sample or 0) + sum(ranks.gathered(counter.get_total_flops())[0]) / len(self.data.train)
-        for note in solved.notes:
-            self.progress.warn(note, note)
+        if solved.notes:
+            self.progress.warn(text := "; ".join(solved.notes), text)
         for layer, values in solved.blocks.items():
             state.layers.setdefault(layer, {}).update(values)
         state.train = evaluate(self.rule, self.task, self.data.train, self.env)

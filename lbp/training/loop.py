@@ -66,9 +66,9 @@ class Loop:
             while number == state.phase and state.phase_epoch < epochs and not self.enough():
                 self.rule.train()
                 try:
-                    solved = self.fit(phase) if phase.fit else self.learn(phase)
+                    self.fit(phase) if phase.fit else self.learn(phase)
                     if not self.progress.late:
-                        self.close_epoch(phase, solved)
+                        self.close_epoch(phase)
                 except Diverged as error:
                     saved = self.progress.saved
                     error.add_note(f"at step {state.step + 1}, in epoch {state.epoch + 1}"
@@ -157,7 +157,7 @@ class Loop:
         self.state.total.update(record["total"])
         return record
 
-    def fit(self, phase: Phase) -> Solved:
+    def fit(self, phase: Phase) -> None:
         """A phase that solves, which counts as one step: the rule runs over the data as often as it needs. Interrupted, it begins again."""
         from torch.utils.flop_counter import FlopCounterMode
 
@@ -190,11 +190,11 @@ class Loop:
         for layer, values in solved.blocks.items():
             state.layers.setdefault(layer, {}).update(values)
         state.train = evaluate(self.rule, self.task, self.data.train, self.env)
-        return solved
+        self.solved = solved.blocks
 
-    def close_epoch(self, phase: Phase, solved: Solved | None) -> None:
+    def close_epoch(self, phase: Phase) -> None:
         """Evaluates, logs and saves."""
-        state, values = self.state, {"layers": solved.blocks} if solved and solved.blocks else {}
+        state, values = self.state, {"layers": self.solved} if phase.fit and self.solved else {}
         whole = self.progress.content()  # where an interrupted evaluation goes on
         try:
             found = evaluate(self.rule, self.task, self.data.val, self.env) if self.data.val else None

@@ -121,6 +121,8 @@ class Mixed(LearningRule):
         if part not in self.solvers and not rule.groups():
             raise Refused(f"{where} searches over whole networks, not blocks; use another rule there")
         *before, last = rule.phases()
+        if part in self.solvers and before:
+            raise Refused(f"{where} solves every layer in turn; use another rule there, or algo={part.name}")
         if part not in self.solvers and (last.learn != rule.learn or last.epochs is not None):
             raise Refused(f"{where} goes through the network in stages; use another rule there")
 

@@ -27,7 +27,6 @@ def fit(solver: str, size: int) -> dict[str, float]:
     import torch
 
     from lbp.config import compose
-    from lbp.training.environment import prepare
     from lbp.training.results import evaluate
     from lbp.training.setup import build
 

@@ -261,9 +261,8 @@ def test_every_experiment_composes_and_runs_two_steps(name, noise):
     data = [f"dataset.root='{noise}'", "dataset.val_size=0"] if config.options["dataset"] in ("mnist", "cifar10") else []
     small = {"vgg8b": ["arch.width=0.0625"],     # at their widths a step takes half a minute
              "stack": ["arch.layers=['conv:4:3:2', relu, 'conv:4:3:2', relu, flatten]"]}.get(config.options["arch"], [])
-    if "stop" in config.values["algo"] or isinstance(config.values["algo"].get("cuts"), list):     # cwc's, an epoch for each of its blocks; dni's
-        small = []
-    if config.options["arch"] == "stack" and not data:      # vectors
+    vectors = config.options["arch"] == "stack" and not data
+    if vectors or "stop" in config.values["algo"] or isinstance(config.values["algo"].get("cuts"), list):   # cwc's, an epoch for each of its blocks; dni's
         small = []
     solves = registry.entry("algo", config.values["algo"]["name"]).facts["closed_form"]
     steps = [] if solves else [f"trainer.batch_size={batch}", "trainer.epochs=1"]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, Log, arrays, batch, build, changed, configuration, defaults, dense, make_task, regression, task_of, tensors, train
+from conftest import CLASSES, Log, arrays, batch, build, changed, configuration, defaults, dense, make_task, regression, task_of, tensors
 from torch import nn
 
 from lbp.algos.closed_form import inverses
@@ -17,7 +17,7 @@ from lbp.archs.resnet import ResidualUnit
 from lbp.errors import Diverged, Refused
 from lbp.training import loop
 from lbp.training.setup import build as build_experiment
-from lbp.training.setup import build_algo, build_arch
+from lbp.training.setup import build_arch
 
 DOUBLE = torch.float64
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from lbp.algos import ops
-from lbp.algos.closed_form.inverses import Sum, Weights
-from lbp.algos.closed_form.least_squares import Gram, with_constant
+from lbp.algos.closed_form.inverses import Weights
+from lbp.algos.closed_form.least_squares import PRECISIONS, Gram, with_constant
 from lbp.algos.closed_form.stages import finish, look, pulled, rows_at_once, sites, stages, trace
 from lbp.algos.rule import Facts, LearningRule, Phase, Solved
 from lbp.errors import Refused
@@ -35,7 +35,7 @@ class DZorb(LearningRule):
         if task.loss_name != "mse":
             raise Refused(f"algo=dzorb solves a squared loss, not dataset.loss={task.loss_name}; leave it out or set dataset.loss=mse")
         self.step, self.sweeps, self.ridge, self.head_ridge, self.inverse_ridge = step, sweeps, ridge, head_ridge, inverse_ridge
-        self.precision = {"fp32": torch.float32, "fp64": torch.float64}[precision]
+        self.precision = PRECISIONS[precision]
         self.stages = stages(network, "dzorb")
 
     def groups(self):
@@ -53,8 +53,7 @@ class DZorb(LearningRule):
         self.network.eval()
         stage, head = self.stages[site], site == len(self.stages) - 1
         for above in self.stages[site + 1 :]:
-            if isinstance(above, (Weights, Sum)):
-                above.prepare(0.0, self.inverse_ridge)
+            above.prepare(0.0, self.inverse_ridge)
         found = Gram(stage.features, len(stage.module.weight), self.network.head.weight, self.precision)
         for x, y in batches(rows_at_once(stage)):
             path = trace(self.stages, x)

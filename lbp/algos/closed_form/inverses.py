@@ -12,7 +12,7 @@ from lbp import ranks
 from lbp.algos.closed_form.least_squares import Coordinates
 from lbp.algos.targets.solve import INVERSES as ELEMENTWISE
 from lbp.algos.targets.solve import MARGIN
-from lbp.archs.hard import Argmax, Sign, Step
+from lbp.archs.hard import Sign, Step
 from lbp.archs.resnet import ResidualUnit
 from lbp.errors import Diverged
 
@@ -34,6 +34,9 @@ class Stage:
 
     def run(self, x: Tensor) -> Tensor:
         return self.module(x)
+
+    def prepare(self, rcond: float, ridge: float = 0.0) -> None:
+        """Before targets are brought down: finds what that takes once, where it takes anything."""
 
     def target(self, t: Tensor, x: Tensor | None, h: Tensor | None) -> Tensor:
         """What the input should have been for the output to be t."""

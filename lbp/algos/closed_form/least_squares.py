@@ -13,6 +13,7 @@ from lbp.errors import Diverged
 
 STRIP = 128         # columns of a Gram matrix at once
 TRUSTED = 3e-5      # of the greatest singular value: those above it keep six digits in the Gram matrix, which squares them
+PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
 
 
 class Solution(NamedTuple):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lbp import ranks
 from lbp.algos.closed_form.inverses import INSIDE, Activation, Fork, Sum, Weights
-from lbp.algos.closed_form.least_squares import TRUSTED, QR, Exact, Gram, finite
+from lbp.algos.closed_form.least_squares import PRECISIONS, TRUSTED, QR, Exact, Gram, finite
 from lbp.algos.closed_form.stages import ROWS, finish, look, pulled, rows_at_once, sites, stages, trace
 from lbp.algos.ops import over_ranks
 from lbp.algos.rule import Facts, LearningRule, Phase, Solved
@@ -41,7 +41,7 @@ class Zorb(LearningRule):
         if solver == "exact" and ranks.world() > 1:
             raise Refused("algo.solver=exact keeps all samples in one process; use algo.solver=auto with launch.ranks")
         self.rcond, self.inverse_rcond, self.ridge, self.sweeps, self.solver = rcond, inverse_rcond, ridge, sweeps, solver
-        self.precision = {"fp32": torch.float32, "fp64": torch.float64}[precision]
+        self.precision = PRECISIONS[precision]
         self.stages = stages(network, "zorb", variant)
         self.bounded = [stage for stage in self.stages if isinstance(stage, Activation) and stage.ends is not None and stage.above is not None]
         like = network.head.weight
@@ -64,8 +64,7 @@ class Zorb(LearningRule):
             stage.scale = scale
         stage, above = self.stages[site], self.stages[site + 1 :]
         for other in above:
-            if isinstance(other, (Weights, Sum)):
-                other.prepare(self.inverse_rcond)
+            other.prepare(self.inverse_rcond)
         by_class = self.task.classes is not None and self.task.loss_name != "cross_entropy" and not any(other.needs_samples for other in above)
         classes = torch.arange(self.task.outputs, device=self.scales.device)
 

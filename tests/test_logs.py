@@ -354,7 +354,7 @@ def recorded(path):
             at += left
             continue
         length, kind = struct.unpack_from("<HB", data, at + 4)
-        if not kind:
+        if not kind or at + 7 + length > len(data):     # W&B is in the middle of writing this one
             break
         part += data[at + 7:at + 7 + length]
         at += 7 + length

@@ -11,7 +11,7 @@ from lbp import ranks
 from lbp.algos import ops
 from lbp.errors import Diverged
 
-STRIP = 128         # columns of a Gram matrix at once
+STRIP = 96          # columns of a Gram matrix at once
 TRUSTED = 3e-5      # of the greatest singular value: those above it keep six digits in the Gram matrix, which squares them
 PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
 
@@ -56,20 +56,20 @@ class Gram:
 
     def __init__(self, features: int, targets: int, like: Tensor, dtype: torch.dtype = torch.float64):
         self.dtype = dtype
-        self.gram = like.new_zeros((features + 1,) * 2, dtype=torch.float64)
-        self.cross = like.new_zeros(features + 1, targets, dtype=torch.float64)
+        self.sums = like.new_zeros(features + 1, features + 1 + targets, dtype=torch.float64)
+        self.gram, self.cross = self.sums[:, : features + 1], self.sums[:, features + 1 :]
 
     def add(self, x: Tensor, t: Tensor) -> None:
         """More rows: x (R, D) without the constant, t (R, C)."""
-        x = with_constant(x, self.dtype)
-        for start in range(0, x.shape[1], STRIP):   # the upper triangle alone, which is half the work
-            self.gram[start : start + STRIP, start:] += x[:, start : start + STRIP].T @ x[:, start:]
-        self.cross += x.T @ t.to(self.dtype)
+        rows = with_constant(x, self.dtype, t)
+        for start in range(0, len(self.sums), STRIP):   # the upper triangle alone, which is half the work
+            strip, rest, total = rows[:, start : min(start + STRIP, len(self.sums))].T, rows[:, start:], self.sums[start : start + STRIP, start:]
+            total.addmm_(strip, rest) if self.dtype == total.dtype else total.add_(strip @ rest)
 
     def gather(self) -> None:
         """When all rows are in: adds up over the ranks."""
         self.gram.triu_().add_(self.gram.triu(1).T)
-        ops.over_ranks(self.gram, self.cross)
+        ops.over_ranks(self.sums)
 
     def solve(self, rcond: float, ridge: float = 0.0, seen: Coordinates = AS_THEY_ARE) -> Solution:
         """The least squares solution, of least norm, among directions whose singular value is above `rcond` of the greatest.
@@ -105,7 +105,7 @@ class QR:
         self.features, self.rows = features, like.new_zeros(0, features + 1 + targets, dtype=torch.float64)
 
     def add(self, x: Tensor, t: Tensor) -> None:
-        rows = torch.cat([self.rows, torch.cat([with_constant(x, torch.float64), t.double()], 1)])
+        rows = torch.cat([self.rows, with_constant(x, torch.float64, t)])
         finite(rows)
         self.rows = torch.linalg.qr(rows, mode="r").R
 
@@ -148,7 +148,7 @@ class Exact(QR):
         self.kept: list[Tensor] = []
 
     def add(self, x, t):
-        self.kept.append(torch.cat([with_constant(x, torch.float64), t.double()], 1))
+        self.kept.append(with_constant(x, torch.float64, t))
         finite(self.kept[-1])
 
     def gather(self):
@@ -171,9 +171,13 @@ def ridge_solution(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
     return solution
 
 
-def with_constant(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    rows = x.new_ones(len(x), x.shape[1] + 1, dtype=dtype)
-    rows[:, :-1] = x
+def with_constant(x: Tensor, dtype: torch.dtype | None = None, t: Tensor | None = None) -> Tensor:
+    """x (R, D) and t (R, C) -> (R, D + 1 + C): x, the constant 1, t."""
+    features, targets = x.shape[1], 0 if t is None else t.shape[1]
+    rows = x.new_empty(len(x), features + 1 + targets, dtype=dtype)
+    rows[:, :features], rows[:, features] = x, 1
+    if t is not None:
+        rows[:, features + 1 :] = t
     return rows
 
 

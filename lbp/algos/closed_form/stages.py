@@ -133,6 +133,31 @@ def trace(stages, x: Tensor) -> list[Tensor]:
     return path
 
 
+class Kept:
+    """What reaches a stage, of as many batches as `room` bytes hold, so that the next stage's passes need not start from the data."""
+
+    def __init__(self, room: int):
+        self.room, self.batches = room, {}      # {its number: (stage, data, what reaches the stage)}
+
+    def reaching(self, site: int, number: int, x: Tensor, row: list[Stage]) -> Tensor:
+        """The input of stage `site` of the row, for the pass's batch `number`, whose data are x."""
+        at, known, h = self.batches.pop(number, (0, None, None))
+        self.room += size(known, h) if known is not None else 0
+        if known is None or at > site or known.shape != x.shape or known.dtype != x.dtype or known.device != x.device or not known.equal(x):
+            at, h = 0, x
+        for stage in row[at:site]:
+            h = stage.run(h)
+        if size(x, h) <= self.room:
+            self.room -= size(x, h)
+            self.batches[number] = site, x, h
+        return h
+
+
+def size(x: Tensor, h: Tensor) -> int:
+    """Bytes that keeping h, made from x, takes; a view of the dataset takes none."""
+    return sum(t.nbytes for t in (x, h) if t.nbytes == t.untyped_storage().nbytes())
+
+
 def rows_at_once(stage: Weights) -> int:
     """Samples to be taken together, so that a layer's rows are not too many."""
     if not stage.conv:

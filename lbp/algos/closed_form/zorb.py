@@ -9,7 +9,7 @@ from torch import Tensor
 from lbp import ranks
 from lbp.algos.closed_form.inverses import INSIDE, Activation, Fork, Sum, Weights
 from lbp.algos.closed_form.least_squares import PRECISIONS, TRUSTED, QR, Exact, Gram, finite
-from lbp.algos.closed_form.stages import ROWS, finish, look, pulled, rows_at_once, sites, stages, trace
+from lbp.algos.closed_form.stages import ROWS, Kept, finish, look, pulled, rows_at_once, sites, stages, trace
 from lbp.algos.ops import over_ranks
 from lbp.algos.rule import Facts, LearningRule, Phase, Solved
 from lbp.errors import Refused
@@ -27,7 +27,8 @@ class Zorb(LearningRule):
 
     Labels have as many targets as there are classes, so that these come down, not the samples'; real targets, and all that hangs on a
     sample, come down batch by batch. Least squares take a Gram matrix or, where `rcond` asks for directions that it would
-    lose, a QR decomposition, so that memory does not grow with the samples.
+    lose, a QR decomposition, so that memory does not grow with the samples; what reaches a layer is kept for the next one's passes as
+    far as `keep_mb` MiB go, and made anew beyond.
     """
 
     facts = Facts(
@@ -36,13 +37,14 @@ class Zorb(LearningRule):
         in_place=True, closed_form=True)
 
     def __init__(self, network, task, *, rcond: float, inverse_rcond: float, ridge: float, sweeps: int, solver: str, precision: str,
-                 variant: str):
+                 variant: str, keep_mb: int):
         super().__init__(network, task)
         if solver == "exact" and ranks.world() > 1:
             raise Refused("algo.solver=exact keeps all samples in one process; use algo.solver=auto with launch.ranks")
         self.rcond, self.inverse_rcond, self.ridge, self.sweeps, self.solver = rcond, inverse_rcond, ridge, sweeps, solver
         self.precision = PRECISIONS[precision]
         self.stages = stages(network, "zorb", variant)
+        self.kept = Kept(keep_mb << 20)
         self.bounded = [stage for stage in self.stages if isinstance(stage, Activation) and stage.ends is not None and stage.above is not None]
         like = network.head.weight
         self.register_buffer("scales", torch.tensor([[1.0, 0.0]] * len(self.bounded), dtype=torch.float64, device=like.device).view(-1, 2))
@@ -69,14 +71,15 @@ class Zorb(LearningRule):
         classes = torch.arange(self.task.outputs, device=self.scales.device)
 
         def samples():
-            """(their trace, labels), in passes that all see the same noise."""
+            """(what reaches the layer; their trace, where targets hang on it; labels), in passes that all see the same noise."""
             for i, other in enumerate(above):
                 other.noise = torch.Generator().manual_seed(int(self.noise_seed) + site * len(self.stages) + i)
-            for x, y in batches(rows_at_once(stage)):
-                yield trace(self.stages[: site if by_class else None], x), y
+            for i, (x, y) in enumerate(batches(rows_at_once(stage))):
+                path = None if by_class else trace(self.stages, x)
+                yield path[site] if path else self.kept.reaching(site, i, x, self.stages), path, y
 
         def targets():
-            yield from [(None, self.wanted(classes, None))] if by_class else ((path, self.wanted(y, path[-1])) for path, y in samples())
+            yield from [(None, self.wanted(classes, None))] if by_class else ((path, self.wanted(y, path[-1])) for _, path, y in samples())
 
         self.settle(site, targets)
         codes = pulled(self.stages, self.wanted(classes, None), site, None) if by_class else None
@@ -85,12 +88,12 @@ class Zorb(LearningRule):
 
         def least_squares(kind: str):
             found = {"gram": partial(Gram, dtype=self.precision), "qr": QR, "exact": Exact}[kind](stage.features, columns, self.network.head.weight)
-            for path, y in samples():
+            for h, path, y in samples():
                 if dense:
                     t = self.task.onehot(y, torch.float64)
                 else:
                     t = stage.flat(codes[y] if by_class else pulled(self.stages, self.wanted(y, path[-1]), site, path))
-                found.add(stage.rows(path[site]), t)
+                found.add(stage.rows(h), t)
             found.gather()
             return found
 

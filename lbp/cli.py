@@ -275,7 +275,7 @@ def _train(args, overrides: list[str]) -> int | None:
     trials = config.grid(overrides, args.config)
     if args.dry_run:
         for number, trial in enumerate(trials, 1):
-            print(f"trial {number}/{len(trials)}: {' '.join(trial)}")
+            print(f"trial {number}/{len(trials)}: {' '.join(trial.typed)}")
         return 0
     from lbp.launch.sweep import sweep
 
@@ -402,6 +402,12 @@ def _start(compose, dry: bool) -> int | None:
 
 
 def _resume(args, overrides: list[str]) -> int | None:
+    from lbp.launch import sweep
+
+    if folder := sweep.find_sweep(args.run):
+        _alone("lbp resume of a sweep")
+        return sweep.resume(folder, overrides, args.debug)
+
     def old() -> tuple | None:
         from lbp.launch.resume import resume
         from lbp.launch.runs import find_run

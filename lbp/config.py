@@ -172,8 +172,8 @@ def _settings(
     return settings, dropped
 
 
-def grid(overrides: list[str], file: Path | None = None) -> list[list[str]]:
-    """Hydra's sweep grammar (commas, choice, range, glob) spelt out: every trial's overrides, validated."""
+def grid(overrides: list[str], file: Path | None = None) -> list[Config]:
+    """Hydra's sweep grammar (commas, choice, range, glob) spelt out: every trial's configuration."""
     problems: list[str] = []
     axes = []
     for text in overrides:
@@ -184,9 +184,7 @@ def grid(overrides: list[str], file: Path | None = None) -> list[list[str]]:
         problems.append(f"{' '.join(overrides)}: more than {MOST_TRIALS:,} trials in one sweep; split it")
     if problems:
         raise ConfigError(*problems)
-    trials = [list(trial) for trial in itertools.product(*axes)]
-    for trial in trials:
-        _try(problems, compose, trial, file)
+    trials = [_try(problems, compose, list(trial), file) for trial in itertools.product(*axes)]
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
     return trials

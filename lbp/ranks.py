@@ -163,4 +163,4 @@ def _exchange(operation, *arguments) -> None:
             silent = []
         who = f"rank {', '.join(map(str, silent))}" if silent else "another rank"
         raise RankLost(f"{who} did not take part in an exchange: it ended, or hung for {_timeout:g} s "
-                       f"(launch.timeout): {str(error).splitlines()[0]}") from error
+                       f"(launch.rank_timeout): {str(error).splitlines()[0]}") from error

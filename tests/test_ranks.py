@@ -448,7 +448,7 @@ def test_asked_to_end_while_it_starts(here):
     ("raise 1 3", "lbp: rank 1: ValueError: this rank's own trouble"),
     ("exit 0 3", "lbp: rank 0: ended with exit code 9"),
     ("slow 1 3", "lbp: rank 1: was killed by signal SIGKILL"),
-    ("hang 0 3", "lbp: rank 1: RankLost: rank 0 did not take part in an exchange: it ended, or hung for 4 s (launch.timeout)"),
+    ("hang 0 3", "lbp: rank 1: RankLost: rank 0 did not take part in an exchange: it ended, or hung for 4 s (launch.rank_timeout)"),
 ])
 def test_a_rank_that_fails_ends_the_run_with_its_own_error(here, monkeypatch, capfd, trick, named):
     def kill():
@@ -458,7 +458,7 @@ def test_a_rank_that_fails_ends_the_run_with_its_own_error(here, monkeypatch, ca
     if trick.startswith("slow"):
         threading.Thread(target=kill, daemon=True).start()
     pid = here / f"pid{trick.split()[1]}"
-    assert command("train", *RUN, *TWO, "launch.timeout=4", f"run.dir={here / 'run'}", "logger.wandb.mode=disabled") == 1
+    assert command("train", *RUN, *TWO, "launch.rank_timeout=4", f"run.dir={here / 'run'}", "logger.wandb.mode=disabled") == 1
     assert time.time() - pid.stat().st_mtime < 4 + 10
     errors = capfd.readouterr().err
     assert named in errors and "Traceback" not in errors

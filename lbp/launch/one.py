@@ -19,6 +19,7 @@ from lbp.errors import ConfigError, DataError, Diverged, out_of_resources
 from lbp.launch import folder as folders
 from lbp.launch.ranks import spread
 from lbp.launch.runs import find_run
+from lbp.launch.sweep import refuse_alone
 from lbp.launch.sync import wandb_id
 from lbp.logs.console import Console, say
 from lbp.logs.jsonl import Jsonl
@@ -90,6 +91,7 @@ def create(config: Config) -> folders.Place:
     if source and not Path(source).is_file():
         source = find_run(source) / "checkpoints" / "last.pt"
     config.values["run"]["init_from"] = str(Path(source).absolute()) if source else None
+    refuse_alone(config)
     with interrupt.deferred():
         place = folders.create(config)
     interrupt.answer(interrupt.asked())
@@ -129,7 +131,7 @@ def train(config: Config, folder: Path, arrays: Arrays | None = None, new: bool 
     """This rank's part of a run: the whole where there is but one."""
     values, status, summary, log = config.values, "failed", {}, Logs()
     on_gpu = values["trainer"]["device"] != "cpu" and torch.cuda.is_available()
-    ranks.join(values["launch"]["timeout"], on_gpu)
+    ranks.join(values["launch"]["rank_timeout"], on_gpu)
     first = ranks.rank() == 0
     with folders.locked(folder) if first else nullcontext():
         content, problems = Checkpoints(folder / "checkpoints").latest() if first and not new else (None, [])

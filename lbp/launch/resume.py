@@ -15,7 +15,7 @@ from lbp.logs.console import say
 from lbp.training.checkpoint import Checkpoints
 
 BUDGET = ("trainer.epochs", "trainer.max_minutes", "trainer.patience")
-FREE = (*BUDGET, "trainer.checkpoint_every", "trainer.on_nonfinite", "launch.timeout")  # and logger.*: they change no number
+FREE = (*BUDGET, "trainer.checkpoint_every", "trainer.on_nonfinite", "launch.rank_timeout")  # and logger.*: they change no number
 
 
 def prepare(run: Path, overrides: list[str]) -> tuple[Config, int] | None:

@@ -62,8 +62,8 @@ def prepare(trainer: dict, seed: int) -> Environment:
                           "use fewer ranks, or trainer.device=cpu")
     if trainer["threads"]:
         torch.set_num_threads(trainer["threads"])
-    elif beside > 1:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // beside))
+    elif beside > 1 or "LBP_THREADS" in os.environ:     # a trial's share, where several are run at a time
+        torch.set_num_threads(max(1, int(os.environ.get("LBP_THREADS", len(os.sched_getaffinity(0)))) // beside))
     # Dead ReLU units leave optimizer moments that decay into denormal numbers, on which CPUs are several times slower.
     torch.set_flush_denormal(True)
     level = trainer["determinism"]

@@ -132,6 +132,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--config", metavar="FILE", type=Path, help="YAML with overrides, as a run's own config.yaml"
     )
+    search = add(
+        "search",
+        "tune rules over the spaces that their YAMLs declare",
+        "[--trials N] [--minutes M] [--sampler tpe | random] [--pruner median | none] [--debug] [key=value ...]",
+        epilog="lbp search algo=bp,fa,dfa              each with the same budget\n"
+        "lbp search optimizer.lr=0.01           fixed, not searched\n"
+        "lbp search 'arch.widths=choice([256],[256,256])' 'optimizer.lr=tag(log,interval(1e-4,1))'\n"
+        "lbp search launch.slots=4              four trials at a time; lbp resume FOLDER goes on, or takes part",
+    )
+    search.add_argument("--trials", metavar="N", type=_positive(int), help="a rule; default: 30, or as many as fit into --minutes")
+    search.add_argument("--minutes", metavar="M", type=_positive(float), help="of training a rule, all its trials together")
+    search.add_argument("--sampler", choices=("tpe", "random"), default="tpe", help="what chooses the values; default: tpe")
+    search.add_argument("--pruner", choices=("median", "none"), default="median", help="what ends hopeless trials; default: median")
     evaluate = add(
         "eval", "evaluate a checkpoint of a run", "RUN [--split SPLIT] [--checkpoint WHICH] [key=value ...]"
     )
@@ -211,6 +224,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(kind: type):
+    def number(text: str):
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise ValueError
+        return value
+
+    number.__name__ = "number above 0" if kind is float else "number from 1"  # argparse: invalid NAME value
+    return number
+
+
 def _command(argv: list[str]) -> int | None:
     parser = _parser()
     if argv[:1] == ["--complete"]:  # asked by the shell, at every press of the key
@@ -280,6 +304,13 @@ def _train(args, overrides: list[str]) -> int | None:
     from lbp.launch.sweep import sweep
 
     return sweep(trials, args.config, args.debug)
+
+
+def _search(args, overrides: list[str]) -> int:
+    _alone("lbp search")
+    from lbp.launch.search import search
+
+    return search(overrides, args.trials, args.minutes, args.sampler, args.pruner, args.debug)
 
 
 def _alone(what: str) -> None:
@@ -407,6 +438,11 @@ def _resume(args, overrides: list[str]) -> int | None:
     if folder := sweep.find_sweep(args.run):
         _alone("lbp resume of a sweep")
         return sweep.resume(folder, overrides, args.debug)
+    if folder := sweep.find_sweep(args.run, record="study.journal"):
+        _alone("lbp resume of a search")
+        from lbp.launch.search import resume
+
+        return resume(folder, overrides, args.debug)
 
     def old() -> tuple | None:
         from lbp.launch.resume import resume
@@ -622,6 +658,7 @@ def _show_option(group: str, name: str, option: knobs.Option) -> None:
     about += [("yaml", str(option.path))]
     if option.prefers:
         about += [("prefers", ", ".join(f"{key}={value}" for key, value in option.prefers.items()))]
+    about += [("search", f"{key}={text}") for key, text in option.search.items()]
     width = min(_width(), 110)
     print(f"{group}={name}")
     for key, text in about:

@@ -197,6 +197,38 @@ def _try(problems: list[str], function, *args):
         problems += error.problems
 
 
+class Dimension(NamedTuple):
+    """What a search tries for a key: one of `choices`, as they are typed, or a number of the type of `low`, from `low` to `high`."""
+
+    key: str
+    text: str       # as it was typed
+    choices: tuple[str, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+
+
+def dimension(text: str) -> Dimension | None:
+    """What an override says of values to choose among (commas, choice, range, glob, interval); None where it has one. Raises ConfigError."""
+    problems: list[str] = []
+    override = _parse(text, problems)
+    found = None
+    if override is not None and override.is_sweep_override():
+        key, written, value = override.key_or_group.replace("/", "."), text.partition("=")[2].strip(), override.value()
+        log = "log" in getattr(value, "tags", ())
+        if not override.is_interval_sweep():
+            if log:
+                problems.append(f"{text}: tag(log, ...) is about an interval")
+            found = Dimension(key, written, tuple(word.partition("=")[2] for word in _axis(override, text, problems)))
+        elif not (-math.inf < value.start < value.end < math.inf) or log and value.start <= 0:
+            problems.append(f"{text}: an interval goes from a smaller number to a greater one, and above 0 where it is tag(log, ...)")
+        else:
+            found = Dimension(key, written, (), value.start, value.end, log)
+    if problems:
+        raise ConfigError(*problems)
+    return found
+
+
 # ---- reading what was typed
 
 
@@ -289,7 +321,7 @@ def _axis(override, text: str, problems: list[str]) -> list[str]:
                 raise HydraException("glob chooses among the options of a group")
             values = value.filter(list(registry.options(key)))
         elif override.is_interval_sweep():
-            raise HydraException("an interval has no end of values; write choice or range")
+            raise HydraException("an interval has no end of values; write choice or range, or let lbp search choose")
         else:
             values = list(itertools.islice(override.sweep_string_iterator(), MOST_TRIALS + 1))
     except (HydraException, ValueError, ArithmeticError) as error:
@@ -542,7 +574,8 @@ def _defaults(options: tuple[tuple[str, str], ...], of: tuple[registry.Root, ...
     values = copy.deepcopy(_composed(options, of))
     for group, name in options:
         inside = values.get(group) or {}
-        inside.pop("prefers", None)
+        for about in ("prefers", "search"):
+            inside.pop(about, None)
         values[group] = {"name": inside.pop("name", name), **inside}
     return values
 

@@ -24,7 +24,8 @@ class Knob(NamedTuple):
 
 
 class Option(NamedTuple):
-    """An option file: `knobs` by dotted key, `prefers` for other groups, both as the file's own text."""
+    """An option file: `knobs` by dotted key, what it `prefers` for other groups, and the values that a `search` of it tries by key of
+    the whole configuration, all as the file's own text."""
 
     path: Path
     doc: str
@@ -32,6 +33,7 @@ class Option(NamedTuple):
     knobs: dict[str, Knob]
     prefers: dict[str, str]
     defaults: list[str]
+    search: dict[str, str]
 
 
 _LINE = re.compile(r"( *)(?:- +)?([\w.-]+) *:(?: +(.*))?$")
@@ -48,7 +50,8 @@ def read(path: Path, find: Callable[[str], Path] | None = None) -> Option:
         lines = Path(path).read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
-    doc, name, knobs, prefers, defaults = "", None, {}, {}, []
+    doc, name, knobs, defaults = "", None, {}, []
+    about: dict[str, dict[str, str]] = {"prefers": {}, "search": {}}
     while lines and (not lines[0].strip() or lines[0].startswith("#")):
         line = lines.pop(0)
         if line.startswith("#"):
@@ -79,11 +82,8 @@ def read(path: Path, find: Callable[[str], Path] | None = None) -> Option:
             section, above = key, []
         if section == "defaults":
             defaults += [x.strip() for x in value.strip("[]").split(",") if x.strip()]
-        elif section == "prefers":
-            if indent:
-                prefers[key] = value
-            else:
-                prefers.update(_flow(value))
+        elif section in about:
+            about[section] |= {key: value} if indent else _flow(value)
         elif section == "name":
             name = value.strip("'\"") or None
         else:
@@ -106,17 +106,18 @@ def read(path: Path, find: Callable[[str], Path] | None = None) -> Option:
             knobs[dotted] = Knob(value or ("{...}" if heading else "null"), spec.strip(), text.strip())
     find = find or (lambda parent: Path(path).parent / f"{parent}.yaml")
     inherited = [read(find(p), find) for p in defaults if p != "_self_" and ":" not in p]
-    merged, wishes = {}, {}
+    merged, wishes, space = {}, {}, {}
     for parent in inherited:
         merged |= parent.knobs
         wishes |= parent.prefers
+        space |= parent.search
         name = name or parent.name
         doc = doc or parent.doc
     for key, knob in knobs.items():
         if key in merged and not knob.spec:
             knob = merged[key]._replace(default=knob.default)
         merged[key] = knob
-    return Option(Path(path), doc.strip(), name, merged, wishes | prefers, defaults)
+    return Option(Path(path), doc.strip(), name, merged, wishes | about["prefers"], defaults, space | about["search"])
 
 
 def _flow(text: str) -> dict[str, str]:

@@ -111,7 +111,7 @@ def sweep(trials: list[Config], file: Path | None = None, debug: bool = False) -
         from lbp.launch import clusters
 
         clusters.check(engine, launch)
-    folder, fresh = _folder(trials[0].values["run"])
+    folder, fresh = folder_of(trials[0].values["run"])
     with folders.locked(folder):
         return _run(folder, _enlisted(folder, trials, file, debug), launch, engine, fresh)
 
@@ -126,11 +126,11 @@ def resume(folder: Path, overrides: list[str], debug: bool = False) -> int:
     return sweep(trials, file if file.exists() else None, debug)
 
 
-def find_sweep(text: str, root: Path = Path("outputs")) -> Path | None:
+def find_sweep(text: str, root: Path = Path("outputs"), record: str = RECORD) -> Path | None:
     """The folder of a sweep: a path, or the start of its name."""
-    if text and (Path(text) / RECORD).is_file():
+    if text and (Path(text) / record).is_file():
         return Path(text)
-    found = [path.parent for path in root.glob(f"*/*/{RECORD}") if text and path.parent.name.startswith(text)]
+    found = [path.parent for path in root.glob(f"*/*/{record}") if text and path.parent.name.startswith(text)]
     return found[0] if len(found) == 1 else None
 
 
@@ -189,12 +189,12 @@ def trial_names(trials: list[list[str]], first: int = 1) -> list[str]:
     ]
 
 
-def _folder(run: dict) -> tuple[Path, bool]:
+def folder_of(run: dict, kind: str = "sweep", record: str = RECORD) -> tuple[Path, bool]:
     """A new folder, or the sweep's that `run.dir` names; whether it is new."""
     now = datetime.now()
-    name = "-".join(filter(None, [f"{now:%H%M%S}-sweep", slug(run["name"] or ""), secrets.token_hex(3)]))
+    name = "-".join(filter(None, [f"{now:%H%M%S}-{kind}", slug(run["name"] or ""), secrets.token_hex(3)]))
     folder = Path(run["dir"]) if run["dir"] else Path("outputs") / f"{now:%Y-%m-%d}" / name
-    if (folder / RECORD).is_file():
+    if (folder / record).is_file():
         return folder, False
     try:
         folder.mkdir(parents=True)

@@ -433,16 +433,12 @@ def _start(compose, dry: bool) -> int | None:
 
 
 def _resume(args, overrides: list[str]) -> int | None:
-    from lbp.launch import sweep
+    from lbp.launch import search, sweep
 
-    if folder := sweep.find_sweep(args.run):
-        _alone("lbp resume of a sweep")
-        return sweep.resume(folder, overrides, args.debug)
-    if folder := sweep.find_sweep(args.run, record="study.journal"):
-        _alone("lbp resume of a search")
-        from lbp.launch.search import resume
-
-        return resume(folder, overrides, args.debug)
+    for many in (sweep, search):
+        if folder := sweep.find_sweep(args.run, record=many.RECORD):
+            _alone("lbp resume of a sweep")
+            return many.resume(folder, overrides, args.debug)
 
     def old() -> tuple | None:
         from lbp.launch.resume import resume

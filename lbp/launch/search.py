@@ -19,7 +19,7 @@ from typing import Any
 
 from lbp import registry
 from lbp.config import Config, Dimension, compose, dimension, quoted
-from lbp.errors import ConfigError
+from lbp.errors import ConfigError, DataError
 from lbp.launch import folder as folders
 from lbp.launch import slots
 from lbp.launch import sweep as sweeps
@@ -209,23 +209,22 @@ def search(overrides: list[str], trials: int | None, minutes: float | None, samp
     `trials` a rule; `minutes` of its trials' time; of both what is reached first. Into the `run.dir` of a search it goes on with
     that one. Raises ConfigError."""
     made, config = plans(overrides)
-    optuna = _optuna()
+    _optuna()
     budget = {"trials": trials or (None if minutes else TRIALS), "minutes": minutes, "sampler": sampler, "pruner": pruner}
     folder, fresh = sweeps.folder_of(config.values["run"], "sweep-search", RECORD)
-    storage = _storage(folder)
+    asked = budget | {"seed": config.values["seed"]}
     with _held(folder / ".ask"):
-        studies = {} if fresh else {name: optuna.load_study(study_name=name, storage=storage) for name in optuna.get_all_study_names(storage)}
-        asked = budget | {"seed": config.values["seed"]}
+        there = {} if fresh else {study.study_name: study for study in _studies(folder)}
+        others = [plan.algo for plan in made if plan.algo in there and there[plan.algo].user_attrs["plan"] | budget != plan.record(asked)]
+        if others:
+            raise ConfigError(f"{folder}: was begun with other settings for {', '.join(others)}; choose another run.dir, or go on with "
+                              f"it by lbp resume {folder}")
         for plan in made:
-            if (study := studies.get(plan.algo)) and {**study.user_attrs["plan"], **budget} != plan.record(asked):
-                raise ConfigError(f"{folder}: its search of {plan.algo} has other settings; choose another run.dir, or go on with it by "
-                                  "lbp resume")
-        for plan in made:
-            if plan.algo in studies:
-                studies[plan.algo].set_user_attr("plan", plan.record(asked))
+            if plan.algo in there:
+                there[plan.algo].set_user_attr("plan", plan.record(asked))
             else:
-                enlist(optuna.create_study(storage=storage, study_name=plan.algo, direction="maximize"), plan, asked)
-    return Search(folder, storage, config.values["launch"], debug).run()
+                enlist(_study(folder, plan.algo), plan, asked)
+    return Search(folder, config.values["launch"], debug).run()
 
 
 def resume(folder: Path, overrides: list[str], debug: bool = False) -> int:
@@ -234,15 +233,28 @@ def resume(folder: Path, overrides: list[str], debug: bool = False) -> int:
                 f"--trials and run.dir={folder}" for word in overrides if not word.startswith("launch.")]
     if problems:
         raise ConfigError(*problems)
-    _optuna()
-    return Search(folder, _storage(folder), compose(overrides).values["launch"], debug).run()
+    return Search(folder, compose(overrides).values["launch"], debug).run()
 
 
 def _storage(folder: Path):
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    return JournalStorage(JournalFileBackend(str(folder / RECORD)))
+    try:
+        return JournalStorage(JournalFileBackend(str(folder / RECORD)))
+    except (ValueError, KeyError, AssertionError) as error:
+        raise DataError(f"{folder / RECORD}: damaged ({error}); the trials that are there remain runs; start the search anew in "
+                        "another folder") from None
+
+
+def _study(folder: Path, name: str):
+    return _optuna().create_study(storage=_storage(folder), study_name=name, direction="maximize", load_if_exists=True)
+
+
+def _studies(folder: Path) -> list:
+    """The studies of a search, as they were begun; without one that was killed before its plan was written."""
+    found = [_study(folder, name) for name in _optuna().get_all_study_names(_storage(folder))]
+    return [study for study in found if "plan" in study.user_attrs]
 
 
 @contextmanager
@@ -308,11 +320,10 @@ class Rule:
         """Minutes of ended trials."""
         return sum(one.user_attrs.get("seconds", 0.0) for one in self.trials()) / 60
 
-    def used(self) -> float:
-        """The share of the budget, above all that of other rules is left to."""
-        shares = [len(self.trials()) / self.asked["trials"]] if self.asked["trials"] else []
-        shares += [self.spent() / self.asked["minutes"]] if self.asked["minutes"] else []
-        return max(shares)
+    def used(self) -> tuple[float, int]:
+        """The share of the budget, and the trials, by which rules take turns."""
+        trials, asked = len(self.trials()), self.asked
+        return max(trials / (asked["trials"] or float("inf")), self.spent() / (asked["minutes"] or float("inf"))), trials
 
     def run(self, number: int, params: dict[str, Any], debug: bool) -> sweeps.Trial:
         return sweeps.Trial(self.folder, f"{number + 1:03}-{self.plan.algo}", self.plan.words(params), debug)
@@ -325,11 +336,9 @@ class Rule:
 class Search:
     """What one process does for the search in a folder."""
 
-    def __init__(self, folder: Path, storage, launch: dict[str, Any], debug: bool):
-        import optuna
-
-        self.optuna, self.folder, self.launch, self.debug = optuna, folder, launch, debug
-        self.rules = [Rule(optuna.load_study(study_name=name, storage=storage), folder) for name in optuna.get_all_study_names(storage)]
+    def __init__(self, folder: Path, launch: dict[str, Any], debug: bool):
+        self.optuna, self.folder, self.launch, self.debug = _optuna(), folder, launch, debug
+        self.rules = [Rule(study, folder) for study in _studies(folder)]
         self.mine: set[tuple[str, int]] = set()
 
     def run(self) -> int:
@@ -383,7 +392,7 @@ class Search:
                         return job
                     wait = wait or job
         for rule in sorted(self.rules, key=Rule.used):
-            if rule.used() < 1 and not rule.vain:
+            if rule.used()[0] < 1 and not rule.vain:
                 trial = ask(rule.study, rule.plan, rule.asked)
                 return self._job(rule, trial, self._lock(rule, trial.number))
         return None if wait else False
@@ -455,19 +464,19 @@ class Search:
                 trial.set_user_attr(key, getattr(running, key))
             rule.study.tell(trial.number, value)
             say(f"{said}: {running.metric} {_figure(value)}, {seconds:.0f} s" + ("" if best and best.value >= value else ", the best so far"))
-        elif job and job.code in INTERRUPTED and not job.why:
+        elif job and not job.why and (job.code in INTERRUPTED or job._told):
             self.mine.discard((rule.plan.algo, trial.number))
         elif running.pruned or job and job.code == 4:
             trial.set_user_attr("ended", job.why if running.pruned else "diverged")
             rule.study.tell(trial.number, state=states.PRUNED)
             say(f"{said}: {trial.user_attrs['ended']}, {seconds:.0f} s")
         else:
-            how = job.ended if job and job.ended else "has no validation"
+            how = (job.ended if job else "") or "tells no validation"
             trial.set_user_attr("ended", how)
             rule.study.tell(trial.number, state=states.FAIL)
             sweeps._warn(f"{said}: {how}; its log: {run.log}")
             if job and job.code in (2, 3) and not rule.best():
-                rule.vain = f"what all trials have in common is refused; its log: {run.log}"
+                rule.vain = "".join(run.log.read_text("utf-8", "replace").splitlines()[-1:]).removeprefix("lbp: ")
         running.lock.release()
 
 
@@ -498,7 +507,8 @@ def conclude(folder: Path, rules: list[Rule]) -> list[str]:
 
 def _result(rule: Rule) -> dict[str, Any]:
     trials, best = rule.trials(), rule.best()
-    first = next((one for one in trials if one.system_attrs.get("fixed_params") == rule.plan.standing and one.state.name == "COMPLETE"), None)
+    own = rule.plan.standing if len(rule.plan.standing) == len(rule.plan.dimensions) else None
+    first = next((one for one in rule.trials("COMPLETE") if one.system_attrs.get("fixed_params") == own), None) if own else None
     result = {"trials": len(trials), "completed": len(rule.trials("COMPLETE")), "pruned": len(rule.trials("PRUNED")),
               "failed": len(rule.trials("FAIL")), "minutes": rule.spent(), "sampler": rule.asked["sampler"],
               "space": {one.key: one.text for one in rule.plan.dimensions}, "standing": first and first.value,

@@ -56,8 +56,8 @@ class Job:
 
     def _copy(self, show: bool) -> None:
         """To log and screen, as long as each takes it: a full disk or a closed pipe must not stop a run."""
-        with self.log.open("ab", buffering=0) as file, self._child.stdout as lines:
-            for line in lines:
+        with self.log.open("ab", buffering=0) as file:
+            for line in self._child.stdout:
                 self._heard = time.time()
                 for write in (file.write, *([_show] if show else [])):
                     with suppress(OSError):

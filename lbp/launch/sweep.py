@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import secrets
 import signal
 import sys
@@ -36,6 +37,7 @@ class Trial:
     name: str
     overrides: list[str]
     debug: bool = False
+    now: Job | None = None      # what runs it on this node
 
     @property
     def log(self) -> Path:
@@ -82,15 +84,16 @@ class Trial:
                         *self.overrides, f"run.dir={quoted(str(run))}"]
         return Job(self.name, command, self.log, run, of=self)
 
-    def here(self, timeout: float) -> tuple[int, str, float]:
-        """Runs it in this process's place; its exit code, how it ended and the seconds: what a node of a cluster does."""
+    def here(self, timeout: float | None, folder: str) -> tuple[int, str, float]:
+        """Runs it on this node of a cluster, in the folder that the sweep was started in; its exit code, how it ended, the seconds."""
+        os.chdir(folder)
         while self.held:
             time.sleep(1)
         if self.done:
             return 0, "", 0.0
-        job, = slots.run(iter([self.job()]), 1, timeout)
-        self.settle(job.code)
-        return job.code, job.ended, job.seconds
+        self.now = self.job()
+        job, = slots.run(iter([self.now]), 1, timeout)
+        return job.code or bool(job.why), job.ended, job.seconds
 
     def settle(self, code: int) -> None:
         """A run that was killed cannot say so itself."""

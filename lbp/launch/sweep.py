@@ -183,7 +183,7 @@ def _trained(overrides: list[str], launch: dict) -> list[str]:
 
 
 def trial_names(trials: list[list[str]], first: int = 1) -> list[str]:
-    """A folder name for each trial: its number, and what differs between them."""
+    """A folder name for each trial: its number, counted from `first`, and what differs between them."""
     digits = len(str(first - 1 + len(trials)))
     varies = [i for i in range(len(trials[0])) if len({trial[i] for trial in trials}) > 1]
     return [
@@ -224,9 +224,9 @@ def _enlisted(folder: Path, trials: list[Config], file: Path | None, debug: bool
     asked = {identity(one.values): one for one in trials}      # the same run twice is one
     new = [key for key in asked if key not in known]
     if new:
-        overrides = [_trained(asked[key].typed, asked[key].values["launch"]) for key in new]
-        for key, name, words in zip(new, trial_names(overrides, len(known) + 1), overrides):
-            known[key] = {"name": name, "identity": key, "overrides": [word for word in words if not word.startswith("run.dir=")]}
+        overrides = {key: _trained(asked[key].typed, asked[key].values["launch"]) for key in new + [key for key in asked if key in known]}
+        for key, name in zip(new, trial_names(list(overrides.values()), len(known) + 1)):
+            known[key] = {"name": name, "identity": key, "overrides": [word for word in overrides[key] if not word.startswith("run.dir=")]}
         folders.write_json(folder / RECORD, {"trials": list(known.values())})
     return [Trial(folder, known[key]["name"], known[key]["overrides"], debug) for key in asked]
 

@@ -15,7 +15,6 @@ import lbp
 from lbp import cli, registry
 from lbp.errors import ConfigError, DataError, Diverged, OutOfResources
 from lbp.launch.runs import find_run
-from lbp.launch.sweep import sweep, trial_names
 
 ROOT = Path(lbp.__file__).parents[1]
 
@@ -205,69 +204,6 @@ def test_find_run(tmp_path):
                        ("", "no such run"), ("../x", "no such run"), ("x" * 300, "no such run")):
         with pytest.raises(ConfigError, match=said):
             find_run(text)
-
-
-# ---- sweeps, with a stand-in for python that takes the trial's overrides
-
-@pytest.fixture
-def trial(tmp_path, monkeypatch):
-    stub = tmp_path / "python"
-    stub.write_text("#!/bin/sh\n"
-                    "echo \"args $*\"\n"
-                    "case \"$*\" in *seed=1*) echo broken >&2; exit 4;; *seed=2*) kill -9 $$;; *seed=3*)\n"
-                    "  trap 'echo checkpoint; exit 130' INT; trap 'echo checkpoint; exit 143' TERM; echo ready; sleep 9 & wait;; esac\n")
-    stub.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(stub))
-    return stub
-
-
-def test_a_sweep_goes_on_after_failures(trial, capsys, tmp_path):
-    assert sweep([[f"seed={s}", "algo=bp"] for s in (0, 1, 2, 4)]) == 1
-    out, err = capsys.readouterr()
-    folder, = (tmp_path / "outputs").glob("*/*-sweep-*")
-    assert [f.name for f in sorted(folder.iterdir())] == [f"{i}-seed-{s}.log" for i, s in ((1, 0), (2, 1), (3, 2), (4, 4))]
-    assert "broken" in (folder / "2-seed-1.log").read_text() and "broken" in out
-    assert f"run.dir='{folder.relative_to(tmp_path)}/4-seed-4'" in (folder / "4-seed-4.log").read_text()
-    assert "2-seed-1 failed (exit code 4)" in err and "3-seed-2 was killed by signal 9" in err and "2-seed-1.log" in err
-    assert "2 of 4 trials done" in out
-    assert sweep([["seed=0"], ["seed=4"]]) == 0
-
-
-def test_a_sweeps_folder_is_its_own(trial, tmp_path):
-    assert sweep([["seed=0", "run.dir='a b/c'"], ["seed=4", "run.dir='a b/c'"]]) == 0
-    assert (tmp_path / "a b/c/1-seed-0.log").exists()
-    with pytest.raises(ConfigError, match="exists already"):
-        sweep([["run.dir='a b/c'"]])
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot be made"):
-        sweep([["run.dir=file/x"]])
-    assert sweep([["run.name='../../up and away'"]]) == 0
-    assert [f.name for f in tmp_path.parent.iterdir() if f.name.startswith("up")] == []
-    assert len(list(tmp_path.glob("outputs/*/*-sweep-up-and-away-*"))) == 1
-
-
-def test_names_of_trials():
-    trials = [[f"arch.widths=[{w}]", "algo=bp", f"run.name='../{w}'"] for w in range(10)]
-    assert trial_names(trials)[3] == "04-arch.widths-3-run.name-..-3"
-    assert trial_names([["algo=bp"]]) == ["1"]
-    assert len(trial_names([["run.name=" + "x" * 300], ["run.name=y"]])[0]) < 100
-
-
-@pytest.mark.parametrize("how, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_sweep_lets_its_trial_finish(trial, how, code, tmp_path):
-    script = f"import sys; sys.executable = {str(trial)!r}\n" \
-             "from lbp.launch.sweep import sweep\nsys.exit(sweep([['seed=3'], ['seed=0']]))"
-    with subprocess.Popen([os.path.realpath("/proc/self/exe"), "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}) as process:
-        seen = ""
-        while "ready" not in seen:
-            seen = process.stdout.readline()
-            assert seen
-        time.sleep(0.1)
-        process.send_signal(how)
-        out, err = process.communicate(timeout=20)
-    assert process.returncode == code, err
-    assert "checkpoint" in out and "1 trials not started" in err and "seed=0" not in out
 
 
 def test_the_matrix_says_who_trains_what_and_why_not():

@@ -168,7 +168,7 @@ def test_a_file_without_end_is_refused(refused):
 
 
 # ---- fault 14: where a run cannot be written, or somebody else writes
-# test_run.test_a_taken_folder_is_refused, test_cli.test_a_sweeps_folder_is_its_own
+# test_run.test_a_taken_folder_is_refused, test_sweeps.test_a_sweeps_folder_is_its_own
 
 @pytest.mark.parametrize("place", ["file/x", "file", "file/x/y/z", "/proc/lbp/x", "/dev/null/x"])
 def test_a_folder_that_cannot_be_made(place, refused, tmp_path, monkeypatch):
@@ -354,7 +354,7 @@ def test_what_is_echoed_cannot_drive_the_terminal(refused):
 
 
 # ---- fault 27: hostile names
-# test_config.test_names_of_folders, test_wrong_overrides; test_cli.test_find_run, test_a_sweeps_folder_is_its_own, test_names_of_trials
+# test_config.test_names_of_folders, test_wrong_overrides; test_cli.test_find_run; test_sweeps.test_a_sweeps_folder_is_its_own, test_names_of_trials
 
 @pytest.mark.parametrize("name", ["a b", "../../up", "/etc/x", "-rf", "x" * 300, "größe", "a\\b", "CON", ".hidden", "a'b\"c", "%s{}"])
 def test_a_name_is_part_of_a_folder_below_outputs(name, tmp_path):

@@ -22,7 +22,7 @@ ALLOWED = {
     "metrics": {"archs", "ranks"},
     "logs": set(),
     "training": {"algos", "archs", "datasets", "interrupt", "logs", "metrics", "ranks", "registry"},
-    "launch": {"config", "datasets", "interrupt", "knobs", "logs", "ranks", "registry", "training"},
+    "launch": {"config", "datasets", "interrupt", "knobs", "logs", "ranks", "registry", "report", "training"},    # report: a sweep's table
     "api": {"algos", "archs", "config", "datasets", "launch", "registry", "training"},
     "report": {"knobs", "registry"},
     "cli": {"config", "interrupt", "knobs", "registry", "launch", "report"},

@@ -81,9 +81,9 @@ def trials(lab, monkeypatch):
     ran = []
 
     def stand_in(trials, file=None, debug=False):
-        ran.extend(trials)
+        ran.extend(trial.typed for trial in trials)
         for trial in trials:
-            lab.run(trial[-1].partition("=")[2], 0.905)
+            lab.run(trial.typed[-1].partition("=")[2], 0.905)
         return 0
 
     monkeypatch.setattr(sweep, "sweep", stand_in)

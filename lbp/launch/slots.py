@@ -56,8 +56,8 @@ class Job:
 
     def _copy(self, show: bool) -> None:
         """To log and screen, as long as each takes it: a full disk or a closed pipe must not stop a run."""
-        with self.log.open("ab", buffering=0) as file:
-            for line in self._child.stdout:
+        with self._child.stdout as lines, self.log.open("ab", buffering=0) as file:
+            for line in lines:
                 self._heard = time.time()
                 for write in (file.write, *([_show] if show else [])):
                     with suppress(OSError):
@@ -85,7 +85,7 @@ class Job:
             return False
         with suppress(ProcessLookupError):
             os.killpg(self._child.pid, signal.SIGKILL)  # what a process that died left behind
-        self._reader.join(GRACE)
+        self._reader.join(1)    # what left the group may hold the pipe for longer
         self.seconds = time.time() - self.started
         return True
 

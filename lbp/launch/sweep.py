@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import secrets
 import signal
 import sys
@@ -36,6 +37,7 @@ class Trial:
     name: str
     overrides: list[str]
     debug: bool = False
+    now: Job | None = None      # what runs it on this node
 
     @property
     def log(self) -> Path:
@@ -82,15 +84,16 @@ class Trial:
                         *self.overrides, f"run.dir={quoted(str(run))}"]
         return Job(self.name, command, self.log, run, of=self)
 
-    def here(self, timeout: float) -> tuple[int, str, float]:
-        """Runs it in this process's place; its exit code, how it ended and the seconds: what a node of a cluster does."""
+    def here(self, timeout: float | None, folder: str) -> tuple[int, str, float]:
+        """Runs it on this node of a cluster, in the folder that the sweep was started in; its exit code, how it ended, the seconds."""
+        os.chdir(folder)
         while self.held:
             time.sleep(1)
         if self.done:
             return 0, "", 0.0
-        job, = slots.run(iter([self.job()]), 1, timeout)
-        self.settle(job.code)
-        return job.code, job.ended, job.seconds
+        self.now = self.job()
+        job, = slots.run(iter([self.now]), 1, timeout)
+        return job.code or bool(job.why), job.ended, job.seconds
 
     def settle(self, code: int) -> None:
         """A run that was killed cannot say so itself."""
@@ -180,7 +183,7 @@ def _trained(overrides: list[str], launch: dict) -> list[str]:
 
 
 def trial_names(trials: list[list[str]], first: int = 1) -> list[str]:
-    """A folder name for each trial: its number, and what differs between them."""
+    """A folder name for each trial: its number, counted from `first`, and what differs between them."""
     digits = len(str(first - 1 + len(trials)))
     varies = [i for i in range(len(trials[0])) if len({trial[i] for trial in trials}) > 1]
     return [
@@ -221,9 +224,9 @@ def _enlisted(folder: Path, trials: list[Config], file: Path | None, debug: bool
     asked = {identity(one.values): one for one in trials}      # the same run twice is one
     new = [key for key in asked if key not in known]
     if new:
-        overrides = [_trained(asked[key].typed, asked[key].values["launch"]) for key in new]
-        for key, name, words in zip(new, trial_names(overrides, len(known) + 1), overrides):
-            known[key] = {"name": name, "identity": key, "overrides": [word for word in words if not word.startswith("run.dir=")]}
+        overrides = {key: _trained(asked[key].typed, asked[key].values["launch"]) for key in new + [key for key in asked if key in known]}
+        for key, name in zip(new, trial_names(list(overrides.values()), len(known) + 1)):
+            known[key] = {"name": name, "identity": key, "overrides": [word for word in overrides[key] if not word.startswith("run.dir=")]}
         folders.write_json(folder / RECORD, {"trials": list(known.values())})
     return [Trial(folder, known[key]["name"], known[key]["overrides"], debug) for key in asked]
 

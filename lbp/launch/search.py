@@ -273,6 +273,7 @@ class Running:
     trial: Any      # optuna.Trial
     run: sweeps.Trial
     lock: Any
+    told: int = 0       # the epoch up to which the study knows the values, from before an interruption
     pruned: bool = False
     metric: str = ""
     values: dict[int, float] = field(default_factory=dict)     # of the validation, by epoch
@@ -299,7 +300,7 @@ class Running:
             self.metric = next(name for name in METRICS if name in record)
             if (value := record[self.metric]) is not None:
                 self.values[record["epoch"]] = value
-                with suppress(ValueError):  # told already, before an interruption
+                if record["epoch"] > self.told:
                     self.trial.report(value, record["epoch"])
 
 
@@ -353,7 +354,9 @@ class Search:
         finally:
             if before is not None:
                 signal.signal(signal.SIGTERM, before)
-        for line in conclude(self.folder, self.rules):
+        with _held(self.folder / ".conclusion"):    # of several processes the one that comes last has seen everything
+            lines = conclude(self.folder, self.rules)
+        for line in lines:
             say(line)
         if stopped:
             sweeps._warn(f"search stopped; lbp resume {self.folder} goes on")
@@ -413,9 +416,9 @@ class Search:
             lock.release()
             return True
         elif run.done:
-            self._settle(Running(rule, trial, run, lock), None)
+            self._settle(Running(rule, trial, run, lock, one.last_step or 0), None)
         else:
-            return self._job(rule, trial, lock)
+            return self._job(rule, trial, lock, one.last_step or 0)
         return False
 
     def _lock(self, rule: Rule, number: int):
@@ -427,9 +430,9 @@ class Search:
             return lock.acquire(timeout=0) and lock
         return None
 
-    def _job(self, rule: Rule, trial, lock) -> Job:
+    def _job(self, rule: Rule, trial, lock, told: int = 0) -> Job:
         self.mine.add((rule.plan.algo, trial.number))
-        running = Running(rule, trial, rule.run(trial.number, trial.params, self.debug), lock)
+        running = Running(rule, trial, rule.run(trial.number, trial.params, self.debug), lock, told)
         job = running.run.job()
         job.of = running
         return job

@@ -141,8 +141,8 @@ def _parser() -> argparse.ArgumentParser:
         "lbp search 'arch.widths=choice([256],[256,256])' 'optimizer.lr=tag(log,interval(1e-4,1))'\n"
         "lbp search launch.slots=4              four trials at a time; lbp resume FOLDER goes on, or takes part",
     )
-    search.add_argument("--trials", metavar="N", type=_positive(int), help="a rule; default: 30, or as many as fit into --minutes")
-    search.add_argument("--minutes", metavar="M", type=_positive(float), help="of training a rule, all its trials together")
+    search.add_argument("--trials", metavar="N", type=_positive(int), help="of each rule; default: 30, or as many as fit into --minutes")
+    search.add_argument("--minutes", metavar="M", type=_positive(float), help="of training each rule, all its trials together")
     search.add_argument("--sampler", choices=("tpe", "random"), default="tpe", help="what chooses the values; default: tpe")
     search.add_argument("--pruner", choices=("median", "none"), default="median", help="what ends hopeless trials; default: median")
     evaluate = add(

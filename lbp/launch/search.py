@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -108,7 +109,7 @@ def _plan(fixed: list[str], typed: dict[str, Dimension]) -> tuple[Plan, Config]:
             ends = one.choices or _tried(one)
             values = {end: _at(compose([*base, f"{key}={end}"]), key) for end in map(str, ends)}
         except ConfigError as error:
-            if key in declared and key.partition(".")[0] in keys:
+            if key in declared and key.partition(".")[0] in keys - {"algo"}:
                 continue    # an option that was typed has no such knob, or not with these values
             problems += [f"{problem} (of {key}={one.text})" for problem in error.problems]
             continue
@@ -553,8 +554,10 @@ def _table(found: dict[str, dict[str, Any]]) -> list[str]:
         rows.append([algo, *(_figure(value) for value in (best.get("value"), one["standing"], best.get("test"))), str(one["trials"]),
                      str(one["pruned"]), str(one["failed"]), f"{one['minutes']:.1f}", Path(best.get("run", "")).name])
     rows.sort(key=lambda row: row[1], reverse=True)
-    lines = text(columns, rows, shutil.get_terminal_size().columns)
-    return [*lines, "validation: of the best epoch of the best trial; as it stands: of the rule's own settings; test: of that same epoch, one seed"]
+    width = shutil.get_terminal_size().columns
+    lines = text(columns, rows, width)
+    legend = "validation: of the best epoch of the best trial; as it stands: of the rule's own settings; test: at that epoch, of one seed"
+    return [*lines, *textwrap.wrap(legend * any(one["best"] is not None for one in found.values()), max(width, 12))]
 
 
 def _figure(value: float | None) -> str:

@@ -439,12 +439,15 @@ def test_names_of_folders(text, slugged):
 # ---- grids
 
 def test_a_grid_is_the_product_in_order():
-    assert grid(["algo=bp,dfa", "seed=range(0,2)", "trainer=smoke"]) == [
+    def typed(words):
+        return [trial.typed for trial in grid(words)]
+
+    assert typed(["algo=bp,dfa", "seed=range(0,2)", "trainer=smoke"]) == [
         ["algo=bp", "seed=0", "trainer=smoke"], ["algo=bp", "seed=1", "trainer=smoke"],
         ["algo=dfa", "seed=0", "trainer=smoke"], ["algo=dfa", "seed=1", "trainer=smoke"]]
-    assert grid(["optimizer=glob(adam*)"]) == [["optimizer=adam"], ["optimizer=adamw"]]
-    assert [t[0] for t in grid(["arch.widths=[8],[8,8]"])] == ["arch.widths=[8]", "arch.widths=[8,8]"]
-    assert [compose(t).values["run"]["name"] for t in grid(["run.name=choice('a b','c')"])] == ["a b", "c"]
+    assert typed(["optimizer=glob(adam*)"]) == [["optimizer=adam"], ["optimizer=adamw"]]
+    assert [t[0] for t in typed(["arch.widths=[8],[8,8]"])] == ["arch.widths=[8]", "arch.widths=[8,8]"]
+    assert [trial.values["run"]["name"] for trial in grid(["run.name=choice('a b','c')"])] == ["a b", "c"]
     assert len(grid(["optimizer.lr=range(0.1,0.5,0.1)"])) == 4
 
 

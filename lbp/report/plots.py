@@ -1,10 +1,26 @@
-"""Plots, each a file; matplotlib is imported where one is drawn."""
+"""Plots, each a file or a picture within a page; matplotlib is imported where one is drawn."""
 
+import io
 import itertools
+import math
+import re
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 from lbp.errors import ConfigError
+
+class Line(NamedTuple):
+    """A curve and how it is drawn: shaded between `low` and `high`, its `colour` as CSS has it, the lengths of its `dash` and gaps."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+    colour: str
+    dash: tuple[float, ...] = ()
 
 
 def curves(path: Path, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str, *, title: str = "",
@@ -57,3 +73,83 @@ def timelines(path: Path, panels: Mapping[str, Sequence[tuple[str, str, float, f
     axes.set_xlabel(x)
     figure.legend(handles=[Patch(color=colour, label=kind) for kind, colour in colours.items()], loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=150)
+
+
+class Scale(NamedTuple):
+    """The ends of both axes, which panels that are compared have in common; angles are marked at 30, 60, 90 degrees."""
+
+    x: tuple[float, float]
+    y: tuple[float, float]
+    log: bool
+    angle: bool
+
+
+def scale(lines: Sequence[Line], figure: str) -> Scale:
+    """What shows all of the lines. Logarithmic where the figure, no share and no angle, spans more than a decade above zero; no
+    more than six decades then: what lies below them is drawn at the edge."""
+    values = [value for line in lines for value in (*line.low, *line.high)]
+    low, high = min(values), max(values)
+    least = max(min((value for value in values if value > 0), default=1), high / 1e6)
+    angle = figure.endswith("_deg")
+    log = low >= 0 and high > 10 * least and not angle and not re.search("accuracy|fraction|share", figure)
+    pad = 0.04 * (math.log(high / least) if log else (high - low) or abs(high) or 1)
+    y = (0, max(92, high * 1.02)) if angle else (least / math.exp(pad), high * math.exp(pad)) if log else (low - pad, high + pad)
+    return Scale((0, max(2, *(line.x[-1] for line in lines))), y, log, angle)
+
+
+def panel(lines: Sequence[Line], alt: str, scale: Scale) -> str:
+    """A small plot as an SVG element whose ink is the text's colour; `alt` says in words what it shows. Raises ConfigError where
+    matplotlib is missing."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, MaxNLocator, MultipleLocator
+    except ImportError:
+        raise ConfigError("plots need matplotlib: pip install matplotlib") from None
+    colours = ["var(--grid)"]
+
+    def code(css: str) -> str:    # matplotlib knows no CSS: it is given numbers that look like colours
+        colours.append(css)
+        return f"#00{len(colours) - 1:04x}"
+
+    with rc_context({"svg.fonttype": "none", "font.size": 8, "path.simplify_threshold": 0.2}):
+        figure = Figure(figsize=(3.4, 2.0))
+        axes = figure.subplots()
+        figure.subplots_adjust(left=0.13, right=0.94, top=0.96, bottom=0.115)
+        axes.set(xlim=scale.x, ylim=scale.y, yscale="log" if scale.log else "linear")
+        for line in lines:
+            colour = code(line.colour)
+            x, y, low, high = line.x, *([max(value, scale.y[0]) for value in of] for of in (line.y, line.low, line.high))
+            if low != high:
+                axes.fill([*x, *reversed(x)], [*low, *reversed(high)], color=colour, alpha=0.18, linewidth=0)
+            if len(x) > 1:
+                axes.plot(x, y, color=colour, linewidth=1.3, dashes=line.dash or (None, None))
+            else:    # a dot
+                axes.plot(2 * x, 2 * y, color=colour, linewidth=5, solid_capstyle="round")
+        decades = math.log10(scale.y[1] / scale.y[0]) if scale.log else 0
+        axes.yaxis.set_major_locator(MultipleLocator(30) if scale.angle else MaxNLocator(5) if not scale.log else
+                                     LogLocator(subs=(1, 2, 5) if decades < 2 else (1,)))
+        axes.minorticks_off()
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.tick_params(length=0)
+        axes.grid(color="#000000", linewidth=0.6)
+        axes.spines[:].set_visible(False)
+        axes.set_axisbelow(True)
+        figure.patch.set_visible(False)
+        axes.patch.set_visible(False)
+        file = io.StringIO()
+        figure.savefig(file, format="svg")
+    return _slim(file.getvalue(), alt, colours)
+
+
+def _slim(svg: str, alt: str, colours: Sequence[str]) -> str:
+    """Without what only a file of its own needs: its head, names, clips (nothing is outside), fonts, digits of a hundredth of a pixel."""
+    svg = re.sub(r"<metadata>.*?</metadata>|<defs>.*?</defs>|</?g\b[^>]*>", "", svg[svg.index("<svg"):], flags=re.DOTALL)
+    svg = re.sub(r'<text style="[^"]*text-anchor: (\w+)[^"]*"([^>]*?) transform="[^"]*">', r'<text text-anchor="\1"\2>', svg)
+    svg = re.sub(r' clip-path="[^"]*"', "", svg)
+    svg = re.sub(r'(?<= )[dxy]="[^"]*"', lambda place: re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), place[0]), svg)
+    svg = re.sub(r"#00([0-9a-f]{4})", lambda found: colours[int(found[1], 16)], svg)
+    svg = re.sub(r" *\n *", "", re.sub(r" *\nL ", " ", svg))
+    return re.sub(r'^<svg [^>]*(viewBox="[^"]*")[^>]*>', lambda head: f'<svg {head[1]} role="img"><title>{escape(alt)}</title>', svg)

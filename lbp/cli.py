@@ -194,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
         compare.add_argument(f"--{form}", metavar="FILE", help="write the table there; - is stdout")
     report.add_argument(
         "--output", metavar="FILE",
-        help="- is stdout; default: report.html in the folder of the run or the sweep, for other runs in this one",
+        help="- is stdout; default: report.html in the folder of the one run or sweep, else in the working directory",
     )
     reproduce = add(
         "reproduce",

@@ -117,7 +117,7 @@ def _known(runs: Sequence[Run], done: Sequence[Run], by: Sequence[str], metric: 
     problems = []
     keys = dict.fromkeys(["seed", *(key for run in runs for key in (*run.options, *run.settings))])
     for key in by:
-        if runs and key not in keys:
+        if runs and key not in keys and key not in BY:  # all may be damaged
             leaves = {name.rpartition(".")[2]: name for name in keys}
             near = leaves.get(key) or knobs.nearest(key, keys)
             problems.append(f"--by {key}: no such key in these runs; it is one of {', '.join(k for k in keys if '.' not in k)}, or a "

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import lbp
 from lbp.errors import ConfigError
 from lbp.report.compare import CONTROLS, Comparison, Row, apart, as_cells, number
-from lbp.report.plots import Line, panel, scale
+from lbp.report.plots import Line, heat, panel, scale
 from lbp.report.runs import measurements
 from lbp.report.tables import figure, rough
 
@@ -20,7 +20,7 @@ MARK = '<meta name="generator" content="lbp'  # a file that has it may be writte
 DRAWN = 24  # rows at most: with more nobody could tell the lines apart
 POINTS = 200  # of a curve at most
 ALL_POINTS = 20_000  # of a figure's curves
-LAYERS = 12  # up to so many layers each has a panel, with a line a rule; beyond, each rule has one, with a line a layer
+LAYERS = 12  # up to so many are drawn as lines
 COLOURS = 8  # --c0 to --c7 of page.html
 DASHES = ((), (6, 1.5), (1.5, 1.5), (6, 1.5, 1.5, 1.5))
 WHOLE = "whole network"
@@ -74,7 +74,7 @@ def check(path: Path) -> None:
                 return
     except OSError:  # not there; or writing says what is wrong
         return
-    raise ConfigError(f"{path}: is there already, and no page of lbp; name another file (--output FILE), or remove it")
+    raise ConfigError(f"{path}: is there already, and no page of lbp; name another file: --output FILE")
 
 
 def page(found: Comparison, plots: bool = True) -> str:
@@ -88,7 +88,7 @@ def page(found: Comparison, plots: bool = True) -> str:
     looks = _looks(rows, found)
     curves = [_curves(row, len(rows)) for row in rows]
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)
+                              trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     return environment.get_template("page.html").render(
         mark=MARK, version=lbp.__version__, now=f"{datetime.now():%Y-%m-%d %H:%M}", found=found, title=_title(found, looks),
         columns=[columns[i] for i in used],
@@ -151,7 +151,18 @@ def _curves(row: Row, rows: int) -> dict[tuple[str, str, str], Curve]:
     runs = [_measured(run.folder) for run in row.runs or row.lost]
     keys = dict.fromkeys(key for run in runs for key in run)
     most = max(20, min(POINTS, ALL_POINTS // (rows * len({layer for _, layer, _ in keys} or "-"))))
-    return {key: _mean([run[key] for run in runs if key in run], most) for key in keys}
+    steps: dict[str, set[int]] = defaultdict(set)
+    for run in runs:
+        for (split, *_), values in run.items():
+            steps[split].update(values)
+    places = {split: _places(sorted(found), most) for split, found in steps.items()}
+    return {key: _mean([run[key] for run in runs if key in run], places[key[0]]) for key in keys}
+
+
+def _places(steps: Sequence[int], most: int) -> dict[int, float]:
+    """Where on the axis a step is drawn: neighbours at one place, where there are more steps than places."""
+    size = math.ceil(len(steps) / most)
+    return {step: fmean(near) for near in (steps[i : i + size] for i in range(0, len(steps), size)) for step in near}
 
 
 def _measured(folder: Path) -> dict[tuple[str, str, str], dict[int, float]]:
@@ -172,15 +183,11 @@ def _measured(folder: Path) -> dict[tuple[str, str, str], dict[int, float]]:
     return {(split, layer, figure.removesuffix(phase)): values for (split, layer, figure), values in found.items()}
 
 
-def _mean(runs: Sequence[dict[int, float]], most: int) -> Curve:
-    """At most so many points: means of neighbours."""
-    steps = sorted({step for run in runs for step in run})
-    size = math.ceil(len(steps) / most)
-    points = []
-    for i in range(0, len(steps), size):
-        near = [(step, [run[step] for run in runs if step in run]) for step in steps[i : i + size]]
-        points.append((fmean(step for step, _ in near), *(fmean(of(values) for _, values in near) for of in (fmean, min, max))))
-    return Curve(*map(list, zip(*points)))
+def _mean(runs: Sequence[dict[int, float]], places: dict[int, float]) -> Curve:
+    near: dict[float, list[list[float]]] = defaultdict(list)
+    for step in sorted({step for run in runs for step in run}):
+        near[places[step]].append([run[step] for run in runs if step in run])
+    return Curve(list(near), *([fmean(map(of, at)) for at in near.values()] for of in (fmean, min, max)))
 
 
 def _over_time(looks: Sequence[Look], curves: Sequence[dict]) -> Iterator[dict[str, Any]]:
@@ -199,29 +206,32 @@ def _over_time(looks: Sequence[Look], curves: Sequence[dict]) -> Iterator[dict[s
 
 
 def _over_layers(looks: Sequence[Look], curves: Sequence[dict]) -> Iterator[dict[str, Any]]:
-    """A section a figure: a panel a layer, or where layers are many or there is one row alone, a panel a row."""
+    """A section a figure: a panel a layer; where there is one row alone, or more layers than one can look at, a panel a row."""
     found: dict[str, dict[str, list[Curve | None]]] = defaultdict(dict)  # figure, layer, then as the rows
     for i, of in enumerate(curves):
-        for (split, layer, name), curve in sorted(of.items(), key=lambda item: item[0][0] != "train_epoch"):  # a batch's own first
-            if layer:
+        for (split, layer, name), curve in sorted(of.items(), key=lambda item: item[0][0] == "train"):
+            if layer:  # of single batches rather than of an epoch
                 found[name].setdefault(layer, [None] * len(curves))[i] = curve
-    order = list(dict.fromkeys(layer for of in curves for _, layer, _ in of if layer and layer != WHOLE))
+    orders = [list(dict.fromkeys(layer for _, layer, _ in of if layer and layer != WHOLE)) for of in curves]
+    order = list(dict.fromkeys(layer for layers in sorted(orders, key=len, reverse=True) for layer in layers))
+    depths = [Look(layer, f"color-mix(in oklab, var(--low), var(--high) {100 * i / max(1, len(order) - 1):.0f}%)", ())
+              for i, layer in enumerate(order)]
     for name in sorted(found, key=lambda name: list(MEASURES).index(name) if name in MEASURES else len(MEASURES)):
         title, about = MEASURES.get(name, (name.replace("_", " "), ""))
-        layers = [layer for layer in order if layer in found[name]]
-        if len(looks) > 1 and len(layers) <= LAYERS:
-            groups = [(layer, _lines(looks, found[name][layer])) for layer in [*layers, WHOLE] if layer in found[name]]
-            legend = [look for i, look in enumerate(looks) if any(of[i] for of in found[name].values())]
+        there = found[name]
+        many = len(there) > LAYERS
+        if len(looks) > 1 and not many:
+            groups = [(layer, _lines(looks, there[layer])) for layer in [*order, WHOLE] if layer in there]
+            legend = [look for i, look in enumerate(looks) if any(of[i] for of in there.values())]
         else:
-            depths = [Look(layer, f"color-mix(in oklab, var(--low), var(--high) {100 * i / max(1, len(layers) - 1):.0f}%)", ())
-                      for i, layer in enumerate(layers)]
-            groups = [(look.label, _lines(depths, [found[name][layer][i] for layer in layers])) for i, look in enumerate(looks)]
-            legend = depths[:: math.ceil(len(depths) / LAYERS) or 1]
+            groups = [(look.label, _lines(depths, [there.get(layer, [None] * len(looks))[i] for layer in order])) for i, look in enumerate(looks)]
+            legend = [] if many else [look for look in depths if look.label in there]
         groups = [(caption, lines) for caption, lines in groups if lines]
         if groups:
             shared = scale([line for _, lines in groups for line in lines], name)
+            draw = heat if many else panel
             yield {"title": title, "about": about, "legend": legend, "open": name in MEASURES,
-                   "panels": [(caption, panel(lines, _alt(f"{title}, {caption}", lines), shared)) for caption, lines in groups]}
+                   "panels": [(caption, draw(lines, _alt(f"{title}, {caption}", lines), shared)) for caption, lines in groups]}
 
 
 def _lines(looks: Sequence[Look], curves: Sequence[Curve | None]) -> list[Line]:

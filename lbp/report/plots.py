@@ -4,7 +4,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -85,11 +85,10 @@ class Scale(NamedTuple):
 
 
 def scale(lines: Sequence[Line], figure: str) -> Scale:
-    """What shows all of the lines. Logarithmic where the figure, no share and no angle, spans more than a decade above zero; no
-    more than six decades then: what lies below them is drawn at the edge."""
+    """What shows all of the lines. Logarithmic where the figure, no share and no angle, spans more than a decade above zero."""
     values = [value for line in lines for value in (*line.low, *line.high)]
     low, high = min(values), max(values)
-    least = max(min((value for value in values if value > 0), default=1), high / 1e6)
+    least = min((value for value in values if value > 0), default=1)
     angle = figure.endswith("_deg")
     log = low >= 0 and high > 10 * least and not angle and not re.search("accuracy|fraction|share", figure)
     pad = 0.04 * (math.log(high / least) if log else (high - low) or abs(high) or 1)
@@ -98,27 +97,16 @@ def scale(lines: Sequence[Line], figure: str) -> Scale:
 
 
 def panel(lines: Sequence[Line], alt: str, scale: Scale) -> str:
-    """A small plot as an SVG element whose ink is the text's colour; `alt` says in words what it shows. Raises ConfigError where
+    """A small plot as an SVG element whose ink is that of the page; `alt` says in words what it shows. Raises ConfigError where
     matplotlib is missing."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator, MaxNLocator, MultipleLocator
-    except ImportError:
-        raise ConfigError("plots need matplotlib: pip install matplotlib") from None
-    colours = ["var(--grid)"]
+    colours = ["var(--grid)", *(line.colour for line in lines)]
 
-    def code(css: str) -> str:    # matplotlib knows no CSS: it is given numbers that look like colours
-        colours.append(css)
-        return f"#00{len(colours) - 1:04x}"
-
-    with rc_context({"svg.fonttype": "none", "font.size": 8, "path.simplify_threshold": 0.2}):
-        figure = Figure(figsize=(3.4, 2.0))
-        axes = figure.subplots()
-        figure.subplots_adjust(left=0.13, right=0.94, top=0.96, bottom=0.115)
-        axes.set(xlim=scale.x, ylim=scale.y, yscale="log" if scale.log else "linear")
-        for line in lines:
-            colour = code(line.colour)
+    def draw(axes) -> None:
+        axes.set(ylim=scale.y, yscale="log" if scale.log else "linear")
+        _marked(axes.yaxis, scale)
+        axes.grid(color="#000000", linewidth=0.6)
+        for code, line in enumerate(lines, 1):
+            colour = f"#00{code:04x}"    # matplotlib knows no CSS: it is given numbers that look like colours
             x, y, low, high = line.x, *([max(value, scale.y[0]) for value in of] for of in (line.y, line.low, line.high))
             if low != high:
                 axes.fill([*x, *reversed(x)], [*low, *reversed(high)], color=colour, alpha=0.18, linewidth=0)
@@ -126,21 +114,64 @@ def panel(lines: Sequence[Line], alt: str, scale: Scale) -> str:
                 axes.plot(x, y, color=colour, linewidth=1.3, dashes=line.dash or (None, None))
             else:    # a dot
                 axes.plot(2 * x, 2 * y, color=colour, linewidth=5, solid_capstyle="round")
-        decades = math.log10(scale.y[1] / scale.y[0]) if scale.log else 0
-        axes.yaxis.set_major_locator(MultipleLocator(30) if scale.angle else MaxNLocator(5) if not scale.log else
-                                     LogLocator(subs=(1, 2, 5) if decades < 2 else (1,)))
-        axes.minorticks_off()
+
+    return _small(draw, scale, alt, colours)
+
+
+def heat(lines: Sequence[Line], alt: str, scale: Scale) -> str:
+    """The same of many lines, each a row of colours: the first at the bottom, where nothing is known the page shows through."""
+    steps = sorted({x for line in lines for x in line.x})
+    values = [[of.get(step, math.nan) for step in steps] for of in (dict(zip(line.x, line.y)) for line in lines)]
+
+    def draw(axes) -> None:
+        from matplotlib.colors import LogNorm, Normalize
+
+        axes.figure.subplots_adjust(right=0.87)    # the bar has its figures beside it
+        edges = [0, *((a + b) / 2 for a, b in zip(steps, steps[1:])), scale.x[1]]
+        norm = (LogNorm if scale.log else Normalize)(*scale.y, clip=True)
+        bar = axes.figure.colorbar(axes.pcolormesh(edges, range(len(lines) + 1), values, norm=norm, cmap="cividis", rasterized=True), fraction=0.05, pad=0.02)
+        _marked(bar.ax.yaxis, scale)
+        bar.ax.tick_params(length=0)
+        bar.ax.minorticks_off()
+        bar.outline.set_visible(False)
+        shown = range(0, len(lines), math.ceil(len(lines) / 6))
+        axes.set_yticks([i + 0.5 for i in shown], [lines[i].label for i in shown])
+
+    return _small(draw, scale, alt, ["var(--grid)"])
+
+
+def _marked(axis, scale: Scale) -> None:
+    from matplotlib.ticker import LogLocator, MaxNLocator, MultipleLocator
+
+    few = scale.log and scale.y[1] < 100 * scale.y[0]
+    axis.set_major_locator(MultipleLocator(30) if scale.angle else LogLocator(subs=(1, 2, 5) if few else (1,)) if scale.log else MaxNLocator(5))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def _small(draw: Callable, scale: Scale, alt: str, colours: Sequence[str]) -> str:
+    """What `draw` draws, over steps; `colours` are what the codes stand for that it takes for colours."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter, MaxNLocator
+    except ImportError:
+        raise ConfigError("plots need matplotlib: pip install matplotlib") from None
+    with rc_context({"svg.fonttype": "none", "font.size": 8}):
+        figure = Figure(figsize=(3.4, 2.0))
+        figure.subplots_adjust(left=0.15, right=0.94, top=0.96, bottom=0.115)
+        axes = figure.subplots()
+        draw(axes)
+        axes.set_xlim(scale.x)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_major_formatter(EngFormatter(sep="") if scale.x[1] >= 1e5 else lambda value, _: f"{value:,.0f}")
+        axes.minorticks_off()
         axes.tick_params(length=0)
-        axes.grid(color="#000000", linewidth=0.6)
         axes.spines[:].set_visible(False)
         axes.set_axisbelow(True)
         figure.patch.set_visible(False)
         axes.patch.set_visible(False)
         file = io.StringIO()
-        figure.savefig(file, format="svg")
+        figure.savefig(file, format="svg", dpi=144)
     return _slim(file.getvalue(), alt, colours)
 
 
@@ -148,7 +179,7 @@ def _slim(svg: str, alt: str, colours: Sequence[str]) -> str:
     """Without what only a file of its own needs: its head, names, clips (nothing is outside), fonts, digits of a hundredth of a pixel."""
     svg = re.sub(r"<metadata>.*?</metadata>|<defs>.*?</defs>|</?g\b[^>]*>", "", svg[svg.index("<svg"):], flags=re.DOTALL)
     svg = re.sub(r'<text style="[^"]*text-anchor: (\w+)[^"]*"([^>]*?) transform="[^"]*">', r'<text text-anchor="\1"\2>', svg)
-    svg = re.sub(r' clip-path="[^"]*"', "", svg)
+    svg = re.sub(r' (?:clip-path|id)="[^"]*"', "", svg)
     svg = re.sub(r'(?<= )[dxy]="[^"]*"', lambda place: re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), place[0]), svg)
     svg = re.sub(r"#00([0-9a-f]{4})", lambda found: colours[int(found[1], 16)], svg)
     svg = re.sub(r" *\n *", "", re.sub(r" *\nL ", " ", svg))

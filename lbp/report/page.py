@@ -22,6 +22,7 @@ POINTS = 200  # of a curve at most
 ALL_POINTS = 20_000  # of a figure's curves
 LAYERS = 12  # up to so many are drawn as lines
 COLOURS = 8  # --c0 to --c7 of page.html
+GREY = "var(--faint)"
 DASHES = ((), (6, 1.5), (1.5, 1.5), (6, 1.5, 1.5, 1.5))
 WHOLE = "whole network"
 PHASE = " of phase "
@@ -86,20 +87,21 @@ def page(found: Comparison, plots: bool = True) -> str:
     used = [i for i in range(len(columns)) if any(line[i] for line in cells)]
     rows = _drawn(found.rows) if plots else []
     looks = _looks(rows, found)
+    of = {id(row): look for row, look in zip(rows, looks)}
     curves = [_curves(row, len(rows)) for row in rows]
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     return environment.get_template("page.html").render(
-        mark=MARK, version=lbp.__version__, now=f"{datetime.now():%Y-%m-%d %H:%M}", found=found, title=_title(found, looks),
+        mark=MARK, version=lbp.__version__, now=f"{datetime.now():%Y-%m-%d %H:%M}", found=found, title=_title(found),
         columns=[columns[i] for i in used],
-        table=[(_look(row, rows, looks), [line[i] for i in used]) for row, line in zip(found.rows, cells)],
+        table=[(of.get(id(row)), [line[i] for i in used]) for row, line in zip(found.rows, cells)],
         rows=list(zip(rows, looks)), hidden=len(found.rows) - len(rows), points=POINTS,
         sections=[*_over_time(looks, curves), *_over_layers(looks, curves)],
         costs=_costs(rows), ran=_ran_on(rows), differing=_differing(rows, found.by), configurations=[_config(row) for row in rows],
         result=lambda run, row: figure(value) if (value := number(run, row.metric)) is not None else "-")
 
 
-def _title(found: Comparison, looks: Sequence[Look]) -> str:
+def _title(found: Comparison) -> str:
     runs = [run for row in found.rows for run in row.runs] + found.out
     if len(runs) == 1:
         return runs[0].folder.resolve().name
@@ -108,7 +110,7 @@ def _title(found: Comparison, looks: Sequence[Look]) -> str:
 
 
 def _drawn(rows: Sequence[Row]) -> list[Row]:
-    """The controls and the best of the others."""
+    """The controls and the first of the others."""
     others = [row for row in rows if not _control(row)]
     keep = {id(row) for row in [*(row for row in rows if _control(row)), *others][:DRAWN]}
     return [row for row in rows if id(row) in keep]
@@ -130,17 +132,13 @@ def _looks(rows: Sequence[Row], found: Comparison) -> list[Look]:
     styles = {id(row): (f"var(--c{i % COLOURS})", DASHES[(i + i // COLOURS + j) % len(DASHES)])
               for i, members in enumerate(groups) for j, row in enumerate(members)}
     for i, row in enumerate(filter(_control, rows)):
-        styles[id(row)] = "var(--faint)", DASHES[1 + i % 3]
+        styles[id(row)] = GREY, DASHES[1 + i % 3]
     labels = [" ".join(filter(None, [*(_named(found.by[i], row.keys[i]) for i in told), row.differs])) or row.keys[0] for row in rows]
     return [Look(label, *styles[id(row)]) for label, row in zip(labels, rows)]
 
 
 def _named(key: str, value: str) -> str:
     return f"{key}={value}" if "." in key or key == "seed" else value
-
-
-def _look(row: Row, rows: Sequence[Row], looks: Sequence[Look]) -> Look | None:
-    return next((look for drawn, look in zip(rows, looks) if drawn is row), None)
 
 
 # ---- curves
@@ -238,7 +236,7 @@ def _lines(looks: Sequence[Look], curves: Sequence[Curve | None]) -> list[Line]:
     """What is not there is not drawn; what a control reaches at once is a level."""
     there = [(look, curve) for look, curve in zip(looks, curves) if curve]
     last = max((curve.x[-1] for _, curve in there), default=0)
-    level = [Curve([0, last], *(2 * part for part in curve[1:])) if look.colour == "var(--faint)" and len(curve.x) == 1 else curve
+    level = [Curve([0, last], *(2 * part for part in curve[1:])) if look.colour == GREY and len(curve.x) == 1 else curve
              for look, curve in there]
     return [Line(look.label, *curve, look.colour, look.dash) for (look, _), curve in zip(there, level)]
 

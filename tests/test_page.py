@@ -41,7 +41,7 @@ def written(*argv):
 # ---- what is drawn
 
 def test_seeds_are_one_curve_and_what_is_not_there_is_no_zero():
-    angles = {0: (90, 60, None, 30), 1: (80, 40, 20, float("nan")), 2: (70, 80, 10, True)}
+    angles = {0: (90, 60, None, 30), 1: (80, 40, 20, float("nan")), 2: (70, 80, 10, 10**400)}
     for seed, values in angles.items():
         measured(make(f"10150{seed}-a", seed=seed), lambda step, _, values=values: {"alignment_deg": values[STEPS.index(step)], "rank": None})
     of, = curves()
@@ -123,7 +123,7 @@ def test_many_layers_are_rows_of_colours():
 
 
 @pytest.mark.parametrize("values, name, log", [((1, 5), "loss", False), ((1, 50), "loss", True), ((0, 1e-9, 1), "grad_norm", True), ((-1, 50), "loss", False),
-                                               ((0, 0), "loss", False), ((3, 3), "loss", False), ((0.01, 1), "local_accuracy", False), ((1, 170), "alignment_deg", False)])
+                                               ((0, 0), "loss", False), ((5e-324, 9e199), "loss", True), ((3, 3), "loss", False), ((0.01, 1), "local_accuracy", False), ((1, 170), "alignment_deg", False)])
 def test_axes_hold_all_there_is(values, name, log):
     line = plots.Line("a", [0, 5, 9][: len(values)], values, values, values, "red")
     scale = plots.scale([line], name)
@@ -231,7 +231,7 @@ def test_in_a_browser(browser):
     Path("outputs/2026-11-21/101600-damaged/summary.json").write_text("{" + "x" * 300)
     text = written()
     many = make("101700-deep", "dfa", seed=7)
-    measured(many, lambda step, layer: {"alignment_deg": layer, "grad_norm": 10.0**-layer}, [f"block{i}" for i in range(50)])
+    measured(many, lambda step, layer: {"alignment_deg": layer, "grad_norm": 10.0**-layer}, [f"encoder_block_{i}" for i in range(50)])
     deep = written(str(many))
     Path("page.html").write_text(text)
     shots = ((390, True), (1400, False))

@@ -164,7 +164,8 @@ def _places(steps: Sequence[int], most: int) -> dict[int, float]:
 
 
 def _measured(folder: Path) -> dict[tuple[str, str, str], dict[int, float]]:
-    """{(split, layer or "", figure): {step: value}}, of finite numbers alone. What an earlier phase is taught by, as inverses are, is no loss of the task: a figure apart."""
+    """{(split, layer or "", figure): {step: value}}, of finite numbers alone that an axis can hold. What an earlier phase is taught by,
+    as inverses are, is no loss of the task: a figure apart."""
     found: dict[tuple[str, str, str], dict[int, float]] = defaultdict(dict)
     phase = ""
     for line in measurements(folder):
@@ -176,7 +177,7 @@ def _measured(folder: Path) -> dict[tuple[str, str, str], dict[int, float]]:
         layers = line.get("layers") if isinstance(line.get("layers"), dict) else {}
         for layer, values in [("", line), *layers.items(), (WHOLE, line.get("total"))]:
             for figure, value in values.items() if isinstance(values, dict) else ():
-                if figure not in ASIDE and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+                if figure not in ASIDE and isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e200:
                     found[split, layer, figure if layer or "phase" not in line else figure + phase][step] = float(value)
     return {(split, layer, figure.removesuffix(phase)): values for (split, layer, figure), values in found.items()}
 
@@ -185,7 +186,7 @@ def _mean(runs: Sequence[dict[int, float]], places: dict[int, float]) -> Curve:
     near: dict[float, list[list[float]]] = defaultdict(list)
     for step in sorted({step for run in runs for step in run}):
         near[places[step]].append([run[step] for run in runs if step in run])
-    return Curve(list(near), *([fmean(map(of, at)) for at in near.values()] for of in (fmean, min, max)))
+    return Curve(list(near), *([fmean([of(values) for values in at]) for at in near.values()] for of in (fmean, min, max)))
 
 
 def _over_time(looks: Sequence[Look], curves: Sequence[dict]) -> Iterator[dict[str, Any]]:

@@ -88,10 +88,10 @@ def scale(lines: Sequence[Line], figure: str) -> Scale:
     """What shows all of the lines. Logarithmic where the figure, no share and no angle, spans more than a decade above zero."""
     values = [value for line in lines for value in (*line.low, *line.high)]
     low, high = min(values), max(values)
-    least = min((value for value in values if value > 0), default=1)
+    least = max(min((value for value in values if value > 0), default=1), 1e-200)
     angle = figure.endswith("_deg")
     log = low >= 0 and high > 10 * least and not angle and not re.search("accuracy|fraction|share", figure)
-    pad = 0.04 * (math.log(high / least) if log else (high - low) or abs(high) or 1)
+    pad = 0.04 * (math.log(high) - math.log(least) if log else (high - low) or abs(high) or 1)
     y = (0, max(92, high * 1.02)) if angle else (least / math.exp(pad), high * math.exp(pad)) if log else (low - pad, high + pad)
     return Scale((0, max(2, *(line.x[-1] for line in lines))), y, log, angle)
 
@@ -135,7 +135,7 @@ def heat(lines: Sequence[Line], alt: str, scale: Scale) -> str:
         bar.ax.minorticks_off()
         bar.outline.set_visible(False)
         shown = range(0, len(lines), math.ceil(len(lines) / 6))
-        axes.set_yticks([i + 0.5 for i in shown], [lines[i].label for i in shown])
+        axes.set_yticks([i + 0.5 for i in shown], [name if len(name := lines[i].label) < 9 else f"…{name[-7:]}" for i in shown])
 
     return _small(draw, scale, alt, ["var(--grid)"])
 
@@ -181,6 +181,6 @@ def _slim(svg: str, alt: str, colours: Sequence[str]) -> str:
     svg = re.sub(r'<text style="[^"]*text-anchor: (\w+)[^"]*"([^>]*?) transform="[^"]*">', r'<text text-anchor="\1"\2>', svg)
     svg = re.sub(r' (?:clip-path|id)="[^"]*"', "", svg)
     svg = re.sub(r'(?<= )[dxy]="[^"]*"', lambda place: re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), place[0]), svg)
-    svg = re.sub(r"#00([0-9a-f]{4})", lambda found: colours[int(found[1], 16)], svg)
+    svg = re.sub(r"(?<=: )#00([0-9a-f]{4})", lambda found: colours[int(found[1], 16)], svg)
     svg = re.sub(r" *\n *", "", re.sub(r" *\nL ", " ", svg))
     return re.sub(r'^<svg [^>]*(viewBox="[^"]*")[^>]*>', lambda head: f'<svg {head[1]} role="img"><title>{escape(alt)}</title>', svg)

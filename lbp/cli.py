@@ -186,17 +186,29 @@ def _parser() -> argparse.ArgumentParser:
     compare = add(
         "compare",
         "compare runs: mean ± std over seeds, beside the controls",
-        "[RUN ...] [--by KEY,..] [--metric NAME] [--csv FILE] [--markdown FILE]",
+        "[RUN ...] [--by KEY,..] [--metric NAME] [--csv FILE] [--markdown FILE] [--html FILE]",
         epilog="RUN: a run, a folder with runs in it, the start of a name, a glob, or last; without it all of outputs/\n"
         "lbp compare --by optimizer.lr --metric best_test_accuracy",
     )
-    compare.add_argument("runs", nargs="*", metavar="RUN")
-    compare.add_argument(
-        "--by", metavar="KEY,..", help="algo, dataset, arch, seed, or a key of the configuration"
+    report = add(
+        "report",
+        "what happened in each layer of runs, as one HTML page",
+        "[RUN ...] [--by KEY,..] [--metric NAME] [--output FILE]",
+        epilog="RUN: a run, a folder with runs in it, the start of a name, a glob, or last; without it all of outputs/\n"
+        "lbp report last; lbp report outputs/2026-11-21 --by algo,optimizer.lr --output lr.html",
     )
-    compare.add_argument("--metric", metavar="NAME", help="a figure of summary.json, as test_accuracy")
-    for form in ("csv", "markdown"):
+    for command in (compare, report):
+        command.add_argument("runs", nargs="*", metavar="RUN")
+        command.add_argument(
+            "--by", metavar="KEY,..", help="algo, dataset, arch, seed, or a key of the configuration"
+        )
+        command.add_argument("--metric", metavar="NAME", help="a figure of summary.json, as test_accuracy")
+    for form in ("csv", "markdown", "html"):
         compare.add_argument(f"--{form}", metavar="FILE", help="write the table there; - is stdout")
+    report.add_argument(
+        "--output", metavar="FILE",
+        help="- is stdout; default: report.html in the folder of the one run or sweep, else in the working directory",
+    )
     reproduce = add(
         "reproduce",
         "run experiments with a published number: reproduced or not, over seeds",
@@ -264,7 +276,7 @@ def _command(argv: list[str]) -> int | None:
             f"{' '.join(overrides) or 'nothing to do'}: give a command: {', '.join(parser.commands)}"
         )
     overrides = _joined(overrides)
-    if overrides and args.command in ("list", "show", "export", "sync", "compare", "completion"):
+    if overrides and args.command in ("list", "show", "export", "sync", "compare", "report", "completion"):
         raise ConfigError(*(f"{word}: lbp {args.command} takes no such argument" for word in overrides))
     return globals()[f"_{args.command}"](args, overrides)
 
@@ -530,17 +542,37 @@ def _list_runs(folder: str | None) -> None:
 
 
 def _compare(args, _) -> None:
-    from lbp.report import compare, runs
+    from lbp.report import compare, page
 
-    by = [key for key in (args.by or "").replace(" ", "").split(",") if key]
-    found = compare.compare(
-        [runs.read(run) for run in runs.find(args.runs)], by or compare.BY, args.metric
-    )
-    written = _written((args.csv, lambda: compare.as_csv(found)), (args.markdown, lambda: compare.as_markdown(found)))
+    found, _ = _compared(args)
+    written = _written((args.csv, lambda: compare.as_csv(found)), (args.markdown, lambda: compare.as_markdown(found)),
+                       (args.html, lambda: page.page(found, plots=False)))
     if not written:
         print("\n".join(compare.shown(found, _width())))
     for line in compare.left_out(found):
         print(line, file=sys.stderr if written else sys.stdout)
+
+
+def _report(args, _) -> None:
+    from lbp.report import compare, page
+
+    found, folders = _compared(args)
+    path = args.output or str(page.place(folders))
+    page.check(Path(path))
+    written = _written((path, lambda: page.page(found)))
+    if not written:
+        print(f"report: {path}")
+    for line in compare.left_out(found):
+        print(line, file=sys.stderr if written else sys.stdout)
+
+
+def _compared(args) -> tuple:
+    """(the comparison of the runs that are named, their folders)"""
+    from lbp.report import compare, runs
+
+    by = [key for key in (args.by or "").replace(" ", "").split(",") if key]
+    folders = runs.find(args.runs)
+    return compare.compare([runs.read(run) for run in folders], by or compare.BY, args.metric), folders
 
 
 def _written(*wanted) -> bool:

@@ -1,6 +1,7 @@
 """Imports point one way, and what must answer at once imports no torch."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -72,3 +73,13 @@ def test_quick_commands_import_no_torch(command):
             "print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'hydra', 'wandb', 'torchvision', 'numpy'}))")
     out = subprocess.run([sys.executable, "-c", code, *command.split()], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "[]"
+
+
+def test_a_report_imports_no_torch(tmp_path):
+    (tmp_path / "outputs/run").mkdir(parents=True)
+    (tmp_path / "outputs/run/STATUS").write_text("failed\n")
+    (tmp_path / "outputs/run/metrics.jsonl").write_text('{"step": 1, "epoch": 1, "split": "train", "loss": 1.0}\n')
+    (tmp_path / "outputs/run/config.yaml").write_text("seed: 0\n")
+    code = "import sys\nfrom lbp.cli import main\nmain(['report'])\nprint(sorted(set(sys.modules) & {'torch', 'hydra', 'wandb', 'matplotlib.pyplot'}), 'matplotlib' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}).stdout
+    assert out.splitlines()[-1] == "[] True" and "<svg" in (tmp_path / "outputs/run/report.html").read_text()

@@ -355,7 +355,7 @@ def test_a_thousand_runs_of_which_some_are_damaged():
             good[algo].append(value)
         for name, content in files.items():
             (run / name).write_text(content)
-    script = ("import sys\nfrom lbp.cli import main\ncode = main(['compare', '--csv', '-', '--by', 'algo,optimizer.lr'])\n"
+    script = ("import sys\nfrom lbp.cli import main\ncode = main(['compare', '--csv', '-', '--html', 'page.html', '--by', 'algo,optimizer.lr'])\n"
               "print('torch' in sys.modules, file=sys.stderr)\nsys.exit(code)")
     best = 9.0
     for _ in range(3):  # the machine has other users
@@ -376,6 +376,8 @@ def test_a_thousand_runs_of_which_some_are_damaged():
         assert sum(mean * n for mean, n in means) / sum(n for _, n in means) == pytest.approx(statistics.fmean(values))
     said = done.stderr.splitlines()
     assert "not in the means: 50 damaged" in said and sum(line.startswith("  damaged: ") for line in said) == 50
+    page = Path("page.html").read_text()
+    assert page.count("<td>damaged</td>") == 50 and page.count("(50)") + page.count(" of 50)") == 20
 
 
 # ---- completion

@@ -117,7 +117,7 @@ def _known(runs: Sequence[Run], done: Sequence[Run], by: Sequence[str], metric: 
     problems = []
     keys = dict.fromkeys(["seed", *(key for run in runs for key in (*run.options, *run.settings))])
     for key in by:
-        if runs and key not in keys:
+        if runs and key not in keys and key not in BY:  # all may be damaged
             leaves = {name.rpartition(".")[2]: name for name in keys}
             near = leaves.get(key) or knobs.nearest(key, keys)
             problems.append(f"--by {key}: no such key in these runs; it is one of {', '.join(k for k in keys if '.' not in k)}, or a "
@@ -158,7 +158,7 @@ def _keys(run: Run, by: Sequence[str]) -> tuple[str, ...]:
     return tuple(value if (value := setting(run, key)) is not None else "-" for key in by)
 
 
-def _apart(run: Run) -> dict[str, str]:
+def apart(run: Run) -> dict[str, str]:
     """The settings that make it another experiment."""
     folder = run.options.get("dataset") != "imagefolder"  # elsewhere it only says where the same files lie
     found = {k: v for k, v in run.settings.items() if not BESIDE.match(k) and not (folder and k == "dataset.root")}
@@ -167,7 +167,7 @@ def _apart(run: Run) -> dict[str, str]:
 
 def _experiment(run: Run) -> tuple:
     """What runs that may be averaged have in common; last the device, which a run that never began does not know."""
-    return *sorted(_apart(run).items()), str(run.summary.get("device", "")).partition(":")[0]
+    return *sorted(apart(run).items()), str(run.summary.get("device", "")).partition(":")[0]
 
 
 def _row(keys: tuple[str, ...], runs: list[Run], lost: list[Run], metric: str | None) -> Row:
@@ -187,7 +187,7 @@ def _tell_apart(rows: list[Row], by: Sequence[str]) -> None:
         for row in group:
             kinds.setdefault(tuple(f"{k}={row.kind.options.get(k, '-')}" for k in told), []).append(row)
         for words, same in kinds.items():
-            settings = {id(row): _apart(row.kind) for row in same}
+            settings = {id(row): apart(row.kind) for row in same}
             keys = dict.fromkeys(k for values in settings.values() for k in values if k not in (*by, *told))
             differing = [k for k in keys if len({values.get(k) for values in settings.values()}) > 1]
             devices = {row.kind.summary.get("device") for row in same if row.runs}
@@ -222,13 +222,13 @@ def _beside_controls(rows: list[Row], done: list[Run]) -> list[str]:
             row.over[control] = row.mean - fmean(values), not unlike
             if unlike:
                 notes.append(f"* {control} of {here.options.get('dataset')}, {here.options.get('arch')} was trained otherwise: "
-                             f"{', '.join(f'{k}={_apart(runs[0]).get(k)}' for k in unlike)}")
+                             f"{', '.join(f'{k}={apart(runs[0]).get(k)}' for k in unlike)}")
     return list(dict.fromkeys(notes))
 
 
 def _unlike(run: Run, control: Run) -> list[str]:
     """In what they differ, but for what is the rule's own."""
-    one, other = _apart(run), _apart(control)
+    one, other = apart(run), apart(control)
     return [k for k in dict.fromkeys((*one, *other)) if one.get(k) != other.get(k)
             and k.partition(".")[0] not in ("algo", "optimizer", "schedule")]
 
@@ -253,7 +253,7 @@ def _natural(word: str) -> tuple:
 
 def shown(found: Comparison, width: int) -> list[str]:
     """The table within the width; what all rows have in common stands above it."""
-    columns, cells = _cells(found)
+    columns, cells = as_cells(found)
     lines = []
     common = [i for i in range(1, len(found.by)) if len(cells) > 1 and len({row[i] for row in cells}) == 1]
     if common:
@@ -264,10 +264,10 @@ def shown(found: Comparison, width: int) -> list[str]:
 
 
 def as_markdown(found: Comparison) -> str:
-    return markdown(*_cells(found))
+    return markdown(*as_cells(found))
 
 
-def _cells(found: Comparison) -> tuple[list[Column], list[list[str]]]:
+def as_cells(found: Comparison) -> tuple[list[Column], list[list[str]]]:
     names = {row.metric for row in found.rows if row.metric}
     controls = [control for control in CONTROLS if any(control in row.over for row in found.rows)]
     columns = [*(Column(key) for key in found.by), Column("settings", minor=True),

@@ -11,7 +11,7 @@ OVERRIDES = ("train", "resume", "eval", "rerun", "search", "doctor")  # commands
 NAMES = ("resume", "eval", "rerun", "export")  # that take one run
 MANY = ("compare", "report", "sync")  # that take several
 AFTER = {"--split": ("test", "val", "train"), "--checkpoint": ("last", "best"), "--seeds": ()}
-FILES = ("--config", "--to", "--csv", "--markdown")
+FILES = ("--config", "--to", "--csv", "--markdown", "--html", "--output")
 FIGURES = ("test_accuracy", "best_test_accuracy", "val_accuracy", "train_accuracy", "test_loss", "test_r2",
            "test_sequence_accuracy", "test_bits_per_character", "train_s",
            "samples_per_s", "peak_memory_mb")

@@ -3,11 +3,10 @@
 The number stands in the experiment's YAML under `published:`, a map that is no part of the run's configuration.
 """
 
-import json
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 from lbp import knobs, registry
 from lbp.errors import ConfigError
 from lbp.report.compare import dotted
-from lbp.report.runs import Run, as_typed, options_of, read, within
+from lbp.report.runs import Run, as_typed, measurements, options_of, read, within
 from lbp.report.tables import Column, average, figure as shown_number, markdown, text
 
 # What may differ from the experiment: the seed, where data and results lie, and what it is computed with.
@@ -214,22 +213,10 @@ def _differing(today: Mapping[str, str], then: Mapping[str, str]) -> list[str]:
 
 
 def _values(run: Run, figures: list[Figure]) -> list[float | None]:
-    lines = list(_lines(run.folder / "metrics.jsonl", {figure.epoch for figure in figures if figure.epoch}))
+    epochs = {figure.epoch for figure in figures if figure.epoch}
+    wanted = re.compile(rb'"epoch": (%b)\b' % b"|".join(b"%d" % epoch for epoch in epochs))    # to parse all would take seconds
+    lines = list(measurements(run.folder, wanted)) if epochs else []
     return [dotted(run.summary, figure.figure) if figure.epoch is None else _at_epoch(lines, figure) for figure in figures]
-
-
-def _lines(path: Path, epochs: set[int]) -> Iterator[dict]:
-    """Those of some epochs: to parse all would take seconds."""
-    if not epochs:
-        return
-    wanted = re.compile(rb'"epoch": (%b)\b' % b"|".join(b"%d" % epoch for epoch in epochs))
-    with open(path, "rb") as file:
-        for line in file:
-            if wanted.search(line):
-                try:
-                    yield json.loads(line)
-                except ValueError:  # damaged; the figure is missing, and that is told
-                    pass
 
 
 def _at_epoch(lines: list[dict], figure: Figure) -> float | None:

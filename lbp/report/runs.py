@@ -231,6 +231,21 @@ def _record(path: Path) -> tuple[str, int]:
     return wrong, epoch
 
 
+def measurements(folder: Path, wanted: re.Pattern[bytes] = re.compile(b"")) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl in which `wanted` is found; damaged ones are passed over: that there are some, `read` tells."""
+    try:
+        with open(folder / "metrics.jsonl", "rb") as file:
+            for line in filter(wanted.search, file):
+                try:
+                    values = json.loads(line)
+                except (ValueError, RecursionError):
+                    continue
+                if isinstance(values, dict):
+                    yield values
+    except OSError:
+        pass
+
+
 def _last_words(folder: Path) -> str:
     """The last line of log.txt, which of a failed run is its error."""
     lines = _tail(folder / "log.txt", 4096).split("\n")

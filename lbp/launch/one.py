@@ -120,7 +120,7 @@ def how_many(values: dict[str, Any]) -> int:
     """The number of ranks that launch.ranks asks for."""
     asked, started = values["launch"]["ranks"], ranks.expected()
     if started > 1 and asked not in ("auto", started):
-        raise ConfigError(f"launch.ranks={asked}: {started} ranks were started from outside; leave it out")
+        raise ConfigError(f"launch.ranks={asked}: {started} ranks were started from outside; use launch.ranks=auto")
     if started > 1 or asked != "auto":
         return started if started > 1 else asked
     on_gpu = values["trainer"]["device"] != "cpu" and torch.cuda.is_available()

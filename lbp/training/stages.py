@@ -103,6 +103,7 @@ def tried(experiment) -> tuple[dict[str, Turn], float | None]:
     turns, names = {name: Turn() for name in experiment.network.blocks}, {id(p): name for name, p in rule.named_parameters()}
     kept, moving = deepcopy((rule.state_dict(), apply.state_dict())), []
     apply.observe = moving.extend
+    apply.learning_rates(0.0)       # no step to diverge by
     rule.train()
     with ranks.alone(), experiment.environment.autocast():
         x, y = next(experiment.data.train.batches(0))

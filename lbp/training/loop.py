@@ -13,7 +13,7 @@ from torch import Tensor
 from lbp import interrupt, ranks
 from lbp.algos.rule import Learned, Phase, Solved
 from lbp.errors import ConfigError, Diverged
-from lbp.metrics.measure import Measure, add_up, means
+from lbp.metrics.measure import Deltas, Measure, add_up, means
 from lbp.training.environment import seed_all
 from lbp.training.guards import Statistics, forget, leave_out
 from lbp.training.optim import schedule
@@ -112,7 +112,7 @@ class Loop:
         if measuring:
             state.measure_s -= time.perf_counter()
             with env.autocast():
-                watching = self.measure.before(x, y, apply.count)
+                watching = self.before(x, y)
             state.measure_s += time.perf_counter()
         apply.observe = self.measure.collect if measuring else None
         first = state.step == 0
@@ -144,6 +144,9 @@ class Loop:
             state.measure_s -= time.perf_counter()
             self.note(self.measured(phase, learned, y), told, averaged)
             state.measure_s += time.perf_counter()
+
+    def before(self, x: Tensor, y: Tensor) -> Deltas:
+        return self.measure.before(x, y, self.apply.count)
 
     def note(self, record: dict[str, Any], told: bool, averaged: bool) -> None:
         if told:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lbp import ranks
 from lbp.algos.rule import Learned, Phase, learn_by_blocks
-from lbp.metrics.measure import Measure
+from lbp.metrics.measure import Deltas
 from lbp.training.loop import Loop
 from lbp.training.setup import Experiment
 
@@ -35,7 +35,7 @@ class Pipeline(Loop):
         super().__init__(experiment, log, folder, content)
         stages, self.stage = experiment.stages, ranks.rank()
         self.state.stages, self.state.flops_per_sample = stages.counts, stages.flops
-        self.measure, self.noted = Ours(self.rule, self.task, list(stages.turns[self.stage])), []
+        self.noted: list[tuple[dict[str, Any], bool, bool]] = []
         hands = [list(turns.values())[-1].hands for turns in stages.turns]
         self.below = Channel(self.stage - 1, hands[self.stage - 1]) if self.stage else None
         self.above = Channel(self.stage + 1, hands[self.stage]) if self.stage + 1 < ranks.world() else None
@@ -99,6 +99,9 @@ class Pipeline(Loop):
     def waited(self) -> float:
         return sum(channel.waited for channel in (self.below, self.above) if channel)
 
+    def before(self, x: Any, y: Tensor) -> Deltas:
+        return self.measure.before_some(list(self.experiment.stages.turns[self.stage]), y, self.apply.count)
+
     def measured(self, phase: Phase, learned: Learned, y: Tensor) -> dict[str, Any]:
         return {"step": self.state.step, "epoch": self.state.epoch + 1, "split": "train", "phase": phase.name,
                 "loss": float(learned.loss) / self.apply.count, "score": None if learned.out is None else self.task.score(learned.out, y),
@@ -123,7 +126,8 @@ class Pipeline(Loop):
             if self.stage == 0:
                 for optimizer, kept in zip(optimizers, theirs["optimizers"]):
                     optimizer.state.update({parameters[key]: values for key, values in kept.items()})
-        self.apply.still = all(theirs["still"] for theirs in every)
+        stills = {theirs["still"] for theirs in every} - {None}
+        self.apply.still = all(stills) if stills else None
         for parts in zip(*(theirs["noted"] for theirs in every)):
             _, told, averaged = parts[0]
             super().note(self.together([record for record, *_ in parts]), told, averaged)
@@ -141,17 +145,6 @@ class Pipeline(Loop):
         self.state.total.update(total)
         return {**{key: records[0][key] for key in ("step", "epoch", "split", "phase")}, "loss": loss,
                 **({} if score is None else self.task.values(loss, score)), "layers": layers, "total": total}
-
-
-class Ours(Measure):
-    """What is measured of a stage's own blocks."""
-
-    def __init__(self, rule, task, blocks: list[str]):
-        super().__init__(rule, task, deltas=False)
-        self.blocks = blocks
-
-    def before(self, x, y, count):
-        return self.before_some(self.blocks, y, count)
 
 
 class Channel:

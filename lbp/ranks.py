@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +23,7 @@ ROLL_CALL = 3.0     # seconds within which those that are alive notice that one 
 _store = None
 _timeout = 0.0
 _batch = 0          # rows of the batch that was shared out last
+_alone = False
 
 
 class RankLost(RuntimeError):
@@ -29,11 +31,36 @@ class RankLost(RuntimeError):
 
 
 def rank() -> int:
-    return dist.get_rank() if _store else 0
+    return dist.get_rank() if _store and not _alone else 0
 
 
 def world() -> int:
-    return dist.get_world_size() if _store else 1
+    return dist.get_world_size() if _store and not _alone else 1
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it this process takes whole batches and adds nothing up, as if there were no others; what they hand each other
+    still goes by `send` and `receive`."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
+
+
+def send(tensor: Tensor, to: int) -> dist.Work:
+    """Begins to; the tensor is to be left as it is until `wait` has returned."""
+    return _exchange(dist.isend, tensor, to)
+
+
+def receive(tensor: Tensor, of: int) -> dist.Work:
+    return _exchange(dist.irecv, tensor, of)
+
+
+def wait(work: dist.Work) -> None:
+    _exchange(work.wait)
 
 
 def local() -> tuple[int, int]:
@@ -143,22 +170,27 @@ def everyones(thing: Any) -> list[Any]:
 
 def from_first(thing: Any) -> Any:
     """What the first rank has, on every rank."""
+    return from_rank(0, thing)
+
+
+def from_rank(which: int, thing: Any) -> Any:
+    """What one rank has, on every rank."""
     if world() == 1:
         return thing
     box = [thing]
-    _exchange(dist.broadcast_object_list, box)
+    _exchange(dist.broadcast_object_list, box, which)
     return box[0]
 
 
-def _exchange(operation, *arguments) -> None:
+def _exchange(operation, *arguments) -> Any:
     """Raises RankLost, naming those that did not answer the roll that the others then call."""
     try:
-        operation(*arguments)
+        return operation(*arguments)
     except RuntimeError as error:
         try:
-            _store.set(f"lbp/missed/{rank()}", "1")
+            _store.set(f"lbp/missed/{dist.get_rank()}", "1")
             time.sleep(ROLL_CALL)
-            silent = [r for r in range(world()) if not _store.check([f"lbp/missed/{r}"])]
+            silent = [r for r in range(dist.get_world_size()) if not _store.check([f"lbp/missed/{r}"])]
         except RuntimeError:  # the store went with the process that held it
             silent = []
         who = f"rank {', '.join(map(str, silent))}" if silent else "another rank"

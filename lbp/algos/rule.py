@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -41,6 +41,19 @@ class Learned:
     out: Tensor | None
     loss: Tensor
     blocks: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+@dataclass
+class Lesson:
+    """What one block makes of a batch by itself. `loss`: what it learns by, one value a target or their sum, with its graph;
+    None where it learns nothing. `up`: what the block above is handed, detached. `values`: worth logging. `told`: its part of
+    Learned.loss. `out`: the network's output, from the block that gives it. Both detached."""
+
+    loss: Tensor | None = None
+    up: tuple[Tensor, ...] = ()
+    values: dict[str, Tensor] = field(default_factory=dict)
+    told: Tensor | None = None
+    out: Tensor | None = None
 
 
 @dataclass
@@ -86,7 +99,19 @@ class LearningRule(nn.Module):
     def learn(self, x: Tensor, y: Tensor, apply: Callable) -> Learned:
         """Leaves in `.grad` how parameters should move, as a sum over targets. What still has a `.grad` on return is
         stepped. `apply(group, loss)` steps at once whatever in the group has one, and clears it; `loss` (optional) is
-        what must be finite for the step to be taken, the gradient itself being tested where it is left out."""
+        what must be finite for the step to be taken, the gradient itself being tested where it is left out.
+
+        A rule that has `learn_block` need not have this."""
+        streaming = getattr(self, "schedule", "streaming") == "streaming"
+        return learn_by_blocks(self, self.network.blocks, self.enter(x, y), y, apply, streaming)[1]
+
+    def enter(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        """What `learn_block` is handed for the first block."""
+        return (x,)
+
+    def learn_block(self, name: str, h: tuple[Tensor, ...], y: Tensor) -> Lesson:
+        """What a block, or the head, learns from what the one below handed up, and the labels alone. It neither reads nor moves
+        what another block moves: such a rule trains as a pipeline too."""
         raise NotImplementedError
 
     def predict(self, x: Tensor) -> Tensor:
@@ -99,6 +124,28 @@ class LearningRule(nn.Module):
     def feedback(self) -> dict[str, tuple[Tensor, Tensor]]:
         """{block: (forward weights, feedback weights)}, of one shape each, where the rule has feedback to compare."""
         return {}
+
+
+def learn_by_blocks(rule: LearningRule, names: Iterable[str], h: tuple[Tensor, ...], y: Tensor, apply: Callable,
+                    streaming: bool = True) -> tuple[tuple[Tensor, ...], Learned]:
+    """Some blocks one after the other, the first handed `h`: what the last hands up, and what was learned. `streaming`: each hidden one
+    is stepped as soon as it has run; what moves the others is left in `.grad`."""
+    losses, groups, learned = [], [group for group, members in rule.groups().items() if members], Learned(None, torch.zeros(()))
+    for name in names:
+        lesson = rule.learn_block(name, h, y)
+        h = lesson.up
+        learned.blocks |= {name: lesson.values} if lesson.values else {}
+        learned.out = learned.out if lesson.out is None else lesson.out
+        learned.loss = learned.loss if lesson.told is None else learned.loss + lesson.told
+        if lesson.loss is not None and streaming and rule.network.blocks[name] is not rule.network.head:
+            lesson.loss.sum().backward()
+            for group in groups:
+                apply(group, lesson.loss.detach())
+        elif lesson.loss is not None:
+            losses.append(lesson.loss.sum())
+    if losses:
+        torch.stack(losses).sum().backward()
+    return h, learned
 
 
 class Rng(nn.Module):

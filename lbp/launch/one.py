@@ -24,8 +24,10 @@ from lbp.launch.sync import wandb_id
 from lbp.logs.console import Console, say
 from lbp.logs.jsonl import Jsonl
 from lbp.logs.wandb import Wandb, mode_of
+from lbp.training import stages
 from lbp.training.checkpoint import Checkpoints
-from lbp.training.loop import epochs_of, train as train_loop
+from lbp.training.loop import Loop, epochs_of
+from lbp.training.pipeline import Pipeline
 from lbp.training.setup import Experiment, build
 
 
@@ -120,7 +122,7 @@ def how_many(values: dict[str, Any]) -> int:
     """The number of ranks that launch.ranks asks for."""
     asked, started = values["launch"]["ranks"], ranks.expected()
     if started > 1 and asked not in ("auto", started):
-        raise ConfigError(f"launch.ranks={asked}: {started} ranks were started from outside; leave it out")
+        raise ConfigError(f"launch.ranks={asked}: {started} ranks were started from outside; use launch.ranks=auto")
     if started > 1 or asked != "auto":
         return started if started > 1 else asked
     on_gpu = values["trainer"]["device"] != "cpu" and torch.cuda.is_available()
@@ -141,10 +143,12 @@ def train(config: Config, folder: Path, arrays: Arrays | None = None, new: bool 
                 folders.set_status(folder, "running")
             content = ranks.from_first(content)
             experiment = build(values, arrays, begun=content is not None)
+            if stages.asked(values):
+                experiment.stages = stages.plan(experiment, content and content["state"]["stages"])
             with interrupt.deferred():
                 if first:
                     log = logs_of(config, experiment, folder, content, problems)
-                found = train_loop(experiment, log, folder, content)
+                found = (Pipeline if experiment.stages else Loop)(experiment, log, folder, content).run()
                 if first:
                     status = "done"
                     summary = {"status": status, **{kind: config.options[kind] for kind in ("algo", "dataset", "arch")},
@@ -232,7 +236,7 @@ def header(config: Config, experiment: Experiment, folder: Path) -> list[str]:
         f"{parameters:,} parameters; {optimizer or 'no optimizer'}; seed {values['seed']}",
         experiment.environment.described(),
         *chosen_lines(config),
-        *(["each rank's norms see its own share of a batch alone"]
+        *(experiment.stages.lines() if experiment.stages else ["each rank's norms see its own share of a batch alone"]
           if ranks.world() > 1 and any(b.is_floating_point() for b in experiment.network.buffers()) else []),
         *(["batch_coupled: small batches, ranks and accumulation change this rule's result"]
           if experiment.rule.facts.batch_coupled else []),
@@ -253,4 +257,5 @@ def result_lines(summary: dict[str, Any], metrics: Sequence[str], folder: Path) 
     metric, *others = metrics
     beside = "".join(f", {name} {summary[f'test_{name}']:.4f}" for name in others)
     best = f", of the best epoch ({summary['best_epoch']}) {summary[f'best_test_{metric}']:.4f}" if f"best_test_{metric}" in summary else ""
-    return [f"test {metric} {summary[f'test_{metric}']:.4f}{best}{beside}; {summary['train_s']:.1f} s of training", f"result: {folder}"]
+    idle = "; idle " + " | ".join(f"{stage['idle_share']:.1%}" for stage in summary["stages"]) if "stages" in summary else ""
+    return [f"test {metric} {summary[f'test_{metric}']:.4f}{best}{beside}; {summary['train_s']:.1f} s of training{idle}", f"result: {folder}"]

@@ -60,7 +60,8 @@ def spread(folder: Path, count: int, new: bool) -> None:
         if failure.exitcode in (130, 143):
             _settle(folder, "interrupted", "running")
             _interrupted(folder, failure.exitcode - 128)
-        _settle(folder, "failed", "running", "interrupted")  # the others were told to end
+        # The others were told to end, or missed this one; a stage of a pipeline diverges by itself.
+        _settle(folder, "diverged" if failure.exitcode == Diverged.code else "failed", "running", "interrupted", "failed")
         how = f"was killed by signal {failure.signal_name()}" if failure.exitcode < 0 else f"ended with exit code {failure.exitcode}"
         with suppress(OSError), open(folder / "log.txt", "a", encoding="utf-8") as log:
             log.write(f"rank {rank} {how}\n{told.get('extraInfo', {}).get('py_callstack', '')}")

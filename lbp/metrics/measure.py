@@ -34,10 +34,19 @@ class Measure:
         devices = [x.device] if x.is_cuda else []
         with torch.random.fork_rng(devices), _buffers_kept(self.network), Deltas(self.layers) as self.true_deltas:
             self.activations, self.shadow = self._backprop(x, y)
-        self.weights = {name: p.detach().clone() for name, p in self.parameters.items()}
+        return self._begin(list(self.network.blocks), y, count)
+
+    def before_some(self, blocks: list[str], y: Tensor, count: int) -> Deltas:
+        """As `before`, where no more than some blocks are at hand: what backprop through all of them would say is absent."""
+        self.activations, self.shadow, self.layers = {}, None, {}
+        return self._begin(blocks, y, count)
+
+    def _begin(self, blocks: list[str], y: Tensor, count: int | None) -> Deltas:
+        self.members = {block: [name for name in self.parameters if block_of(name) == block] for block in blocks}
+        self.weights = {name: self.parameters[name].detach().clone() for names in self.members.values() for name in names}
         self.left: dict[str, Tensor] = {}
         self.count = self.task.count(y) if count is None else count
-        self.rows = len(x)
+        self.rows = len(y)
         self.feedback: dict[str, Products] | None = None
         self.deltas = Deltas(self.layers)
         return self.deltas
@@ -55,13 +64,11 @@ class Measure:
         averaged over targets. What is undefined is absent."""
         blocks = self._over_ranks(blocks)
         feedback, deltas = self._ask_feedback(), self._compared_deltas()
-        products = {name: products_of(left, self.shadow[name]) for name, left in self.left.items()}
-        members: dict[str, list[str]] = {name: [] for name in self.network.blocks}
-        for name in self.parameters:
-            members[block_of(name)].append(name)
+        products = {name: products_of(left, self.shadow[name]) if self.shadow else Products(norm([left]) ** 2, 0.0, 0.0, 0.0)
+                    for name, left in self.left.items()}
         layers = {}
-        for block, names in members.items():
-            values = dict(self.activations[block])
+        for block, names in self.members.items():
+            values = dict(self.activations.get(block, {}))
             values["weight_norm"] = norm([self.parameters[n] for n in names])
             values.update(self._compared(products, names))
             before = [self.weights.pop(n) for n in names]
@@ -89,7 +96,7 @@ class Measure:
             return {}
         together = joint(moved.values())
         rule, reference = math.sqrt(together.left) / self.count, math.sqrt(together.right) / self.count
-        values = {"alignment_deg": angle(together), "grad_norm": rule, "backprop_grad_norm": reference}
+        values = {"alignment_deg": angle(together), "grad_norm": rule, "backprop_grad_norm": reference if self.shadow else None}
         if reference:
             values["grad_norm_ratio"] = rule / reference
         for kind in ("weight", "bias"):

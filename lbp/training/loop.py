@@ -13,7 +13,7 @@ from torch import Tensor
 from lbp import interrupt, ranks
 from lbp.algos.rule import Learned, Phase, Solved
 from lbp.errors import ConfigError, Diverged
-from lbp.metrics.measure import Measure, add_up, means
+from lbp.metrics.measure import Deltas, Measure, add_up, means
 from lbp.training.environment import seed_all
 from lbp.training.guards import Statistics, forget, leave_out
 from lbp.training.optim import schedule
@@ -94,56 +94,65 @@ class Loop:
 
     def learn(self, phase: Phase) -> None:
         """The batches of an epoch that are still to come."""
-        from torch.utils.flop_counter import FlopCounterMode  # here: importing it costs a second, which is no step's time
+        import torch.utils.flop_counter  # here: importing it costs a second, which is no step's time
 
-        state, apply, task, env = self.state, self.apply, self.task, self.env
-        apply.still = state.still if state.batch else None
+        self.apply.still = self.state.still if self.state.batch else None
         self.progress.start_lap()
-        for x, y in self.data.train.batches(state.epoch, state.batch):
-            if self.progress.ends_before(task.count(y)):
+        for x, y in self.data.train.batches(self.state.epoch, self.state.batch):
+            if self.progress.ends_before(self.task.count(y)):
                 return
-            every, averaged = self.metrics["every"], state.batch < self.metrics["batches"]
-            told = every and ((state.step + 1) % every == 0 or state.step in (0, self.total_steps - 1))
-            measuring, watching = told or averaged, nullcontext()
-            if measuring:
-                state.measure_s -= time.perf_counter()
-                with env.autocast():
-                    watching = self.measure.before(x, y, apply.count)
-                state.measure_s += time.perf_counter()
-            apply.observe = self.measure.collect if measuring else None
-            first = state.step == 0
-            # A compiled block runs no operation that could be counted.
-            counter = FlopCounterMode(display=False) if first and not self.trainer["compile"] else nullcontext()
-            apply.learning_rates(self.rate(phase))
-            self.statistics.keep()
-            try:
-                with counter, env.autocast(), watching:
-                    learned = phase.learn(x, y, apply)
-                learned.loss = learned.loss.sum()
-                apply.finish(learned.loss)
-            except Diverged as error:
-                self.statistics.undo()
-                leave_out(error, self.progress, self.data.train, self.trainer["on_nonfinite"], self.folder)
-                continue
-            self.statistics.agree()
-            state.step, state.batch, state.targets = state.step + 1, state.batch + 1, state.targets + apply.count
-            state.loss += learned.loss
-            if learned.out is not None:
-                state.score += task.score(learned.out, y)
-            if first and self.trainer["compile"]:
-                env.synchronize()
-                self.progress.start_lap()
-            elif first:
-                state.flops_per_sample = counter.get_total_flops() / len(x)
-            if measuring:
-                state.measure_s -= time.perf_counter()
-                record = self.measured(phase, learned, y)
-                if told:
-                    self.log.write(record)
-                if averaged:
-                    add_up(state.measured, {key: record[key] for key in ("layers", "total")})
-                state.measure_s += time.perf_counter()
+            self.step(phase, x, y)
         self.progress.lap()
+
+    def step(self, phase: Phase, x: Tensor, y: Tensor) -> None:
+        state, apply, env = self.state, self.apply, self.env
+        every, averaged = self.metrics["every"], state.batch < self.metrics["batches"]
+        told = every and ((state.step + 1) % every == 0 or state.step in (0, self.total_steps - 1))
+        measuring, watching = told or averaged, nullcontext()
+        if measuring:
+            state.measure_s -= time.perf_counter()
+            with env.autocast():
+                watching = self.before(x, y)
+            state.measure_s += time.perf_counter()
+        apply.observe = self.measure.collect if measuring else None
+        first = state.step == 0
+        # A compiled block runs no operation that could be counted.
+        counting = first and state.flops_per_sample is None and not self.trainer["compile"]
+        counter = torch.utils.flop_counter.FlopCounterMode(display=False) if counting else nullcontext()
+        apply.learning_rates(self.rate(phase))
+        self.statistics.keep()
+        try:
+            with counter, env.autocast(), watching:
+                learned = phase.learn(x, y, apply)
+            learned.loss = learned.loss.sum()
+            apply.finish(learned.loss)
+        except Diverged as error:
+            self.statistics.undo()
+            leave_out(error, self.progress, self.data.train, self.trainer["on_nonfinite"], self.folder)
+            return
+        self.statistics.agree()
+        state.step, state.batch, state.targets = state.step + 1, state.batch + 1, state.targets + apply.count
+        state.loss += learned.loss
+        if learned.out is not None:
+            state.score += self.task.score(learned.out, y)
+        if first and self.trainer["compile"]:
+            env.synchronize()
+            self.progress.start_lap()
+        elif counting:
+            state.flops_per_sample = counter.get_total_flops() / len(y)
+        if measuring:
+            state.measure_s -= time.perf_counter()
+            self.note(self.measured(phase, learned, y), told, averaged)
+            state.measure_s += time.perf_counter()
+
+    def before(self, x: Tensor, y: Tensor) -> Deltas:
+        return self.measure.before(x, y, self.apply.count)
+
+    def note(self, record: dict[str, Any], told: bool, averaged: bool) -> None:
+        if told:
+            self.log.write(record)
+        if averaged:
+            add_up(self.state.measured, {key: record[key] for key in ("layers", "total")})
 
     def measured(self, phase: Phase, learned: Learned, y: Tensor) -> dict[str, Any]:
         loss, score = ranks.sums(learned.loss, 0.0 if learned.out is None else self.task.score(learned.out, y))

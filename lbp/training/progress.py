@@ -24,7 +24,8 @@ class State:
     """Where a run stands: after `step` batches, `epoch` epochs of which `phase_epoch` in the current phase, and `batch`
     batches of the epoch that was begun. Times in seconds; `loss` and `score` add up over the epoch on this rank;
     `layers` and `total` hold what was measured last, `measured` sums over the epoch's first batches (measure.add_up);
-    `lines` is the length of metrics.jsonl in bytes; `solving` what a fit is at, while it is."""
+    `lines` is the length of metrics.jsonl in bytes; `solving` what a fit is at, while it is; `stages` how many blocks each stage
+    of a pipeline has."""
 
     step: int = 0
     epoch: int = 0
@@ -52,6 +53,7 @@ class State:
     total: dict[str, float] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
     solving: str | None = None
+    stages: list[int] | None = None
 
     def means(self, task: Task) -> dict[str, float]:
         """Loss and metric over the epoch so far, of all ranks."""
@@ -85,21 +87,26 @@ class Progress:
         self.state.wall_s, self.began = self.state.wall_s + now - self.began, now
         return self.state.wall_s
 
-    def ends_before(self, count: int) -> bool:
-        """Between two batches, where a run is whole: hears what every rank has to say, saves where that is due, and raises
-        Interrupted, or returns True, where the run ends here. `count`: this rank's targets of the next batch."""
+    def wishes(self) -> tuple[int, bool, bool]:
+        """Why this rank would end or save here, between two batches: the signal that came, the time that is over, a checkpoint that is due."""
         state, trainer = self.state, self.experiment.values["trainer"]
         every, minutes = trainer["checkpoint_every"], trainer["max_minutes"]
         late = bool(minutes) and self.tick() > 60 * minutes
         due = state.step % every == 0 if every else time.perf_counter() > self.saved_at + CHECKPOINT_S
-        asked, late, due, counts = ranks.gathered(interrupt.asked(), late and state.step > 0, due and state.batch > 0, count)
+        return interrupt.asked(), late and state.step > 0, due and state.batch > 0 and state.step != self.saved
+
+    def ends_before(self, count: int) -> bool:
+        """Between two batches, where a run is whole: hears what every rank has to say, saves where that is due, and raises
+        Interrupted, or returns True, where the run ends here. `count`: this rank's targets of the next batch."""
+        asked, late, due, counts = ranks.gathered(*self.wishes(), count)
         self.experiment.apply.count, self.late = int(sum(counts)), bool(max(late))
         try:
             interrupt.answer(max(asked))
         finally:
-            if max(asked) or self.late or max(due) and state.step != self.saved:
+            if max(asked) or self.late or max(due):
                 self.lap()
                 self.save()
+        state, minutes = self.state, self.experiment.values["trainer"]["max_minutes"]
         if self.late and state.targets:
             state.train = state.means(self.experiment.data.task)
             self.warn("late", f"trainer.max_minutes={minutes} are over: ended after batch {state.batch} of epoch {state.epoch + 1}")

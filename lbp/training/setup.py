@@ -18,7 +18,7 @@ from lbp.archs.network import Network, hard_inside
 from lbp.datasets.data import Arrays, Data, load
 from lbp.datasets.task import Task
 from lbp.errors import ConfigError, Refused
-from lbp.training import checkpoint
+from lbp.training import checkpoint, stages
 from lbp.training.apply import Apply
 from lbp.training.environment import Environment, prepare, seed_all
 from lbp.training.optim import biases_of, make_optimizers
@@ -36,6 +36,7 @@ class Experiment:
     network: Network
     rule: LearningRule
     apply: Apply
+    stages: stages.Stages | None = None     # that the ranks are, under launch=pipeline
 
 
 def build(values: dict[str, Any], arrays: Arrays | None = None, begun: bool = False) -> Experiment:
@@ -47,7 +48,7 @@ def build(values: dict[str, Any], arrays: Arrays | None = None, begun: bool = Fa
         refuse_early(values)
     data = load(values["dataset"], seed=seed, batch_size=trainer["batch_size"], device=environment.device,
                 dtype=environment.dtype, arrays=arrays, shuffle=trainer["shuffle"])
-    if data.train.batch_size < ranks.world():
+    if data.train.batch_size < ranks.world() and not stages.asked(values):
         raise ConfigError(f"launch.ranks={ranks.world()}: a batch of {data.train.batch_size} samples has not one for each rank; "
                           "use fewer ranks or a larger trainer.batch_size")
     network = build_arch(values["arch"], data.task, seed).to(environment.device, environment.dtype)
@@ -59,6 +60,8 @@ def build(values: dict[str, Any], arrays: Arrays | None = None, begun: bool = Fa
         if values["optimizer"][group] and group not in groups:
             raise ConfigError(f"optimizer.{group}={values['optimizer'][group]}: algo={values['algo']['name']} has no parameters in "
                               f"a group {group!r} (it has: {', '.join(groups) or 'none'}); leave it out")
+    if stages.asked(values):
+        stages.refuse(values, rule, environment.device)
     if trainer["compile"]:
         compile_blocks(network)
     return Experiment(values, environment, data, network, rule,

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lbp.algos import ops
-from lbp.algos.rule import Facts, Learned, LearningRule, Phase
+from lbp.algos.rule import Facts, LearningRule, Lesson, Phase, learn_by_blocks
 from lbp.errors import Refused
 
 
@@ -52,6 +52,8 @@ class Cwc(LearningRule):
 
     def phases(self):
         """A phase for each time that blocks stop at; `done` blocks learn no more in it."""
+        if not self.stop:
+            return super().phases()
         stages, past = [], 0
         for end in sorted(set(self.stop)):
             done = sum(at <= past for at in self.stop)
@@ -60,27 +62,27 @@ class Cwc(LearningRule):
         return [*stages, Phase("train", learn=partial(self.learn, done=len(self.stop)))]
 
     def learn(self, x, y, apply, done: int = 0):
-        total, blocks, goodness = 0.0, {}, None
-        for place, (name, block) in enumerate(self.network.hidden.items()):
-            if place < done:
-                with torch.no_grad():
-                    x = block.eval()(x)
-                continue
+        below, names = list(self.network.blocks)[:done], list(self.network.blocks)[done:]
+        with torch.no_grad():
+            for name in below:
+                x = self.network.blocks[name].eval()(x)
+        return learn_by_blocks(self, names, (x,), y, apply)[1]
+
+    def learn_block(self, name, h, y):
+        block, (x,) = self.network.blocks[name], h
+        if block is not self.network.head:
             h = block(x)
             goodness = class_goodness(h, self.shares[name], self.axes[name])
             target = y * self.shares[name] // self.task.classes
             loss = F.cross_entropy(goodness, target, reduction="none")
-            loss.sum().backward()
-            apply("forward", loss.detach())
-            x, total = h.detach(), total + loss.detach()
-            blocks[name] = {"local_loss": loss.detach().mean(),
-                            "local_accuracy": (goodness.detach().argmax(1) == target).to(loss.dtype).mean()}
+            values = {"local_loss": loss.detach().mean(), "local_accuracy": (goodness.detach().argmax(1) == target).to(loss.dtype).mean()}
+            answers = self.answers == "goodness" and block is list(self.network.hidden.values())[-1]
+            return Lesson(loss, (h.detach(),), values, loss.detach(), goodness.detach() if answers else None)
         if self.answers == "goodness":
-            return Learned(goodness.detach(), total, blocks)
-        out = self.network.head(x)
+            return Lesson()
+        out = block(x)
         loss = self.task.loss(out, y)
-        loss.sum().backward()
-        return Learned(out.detach(), total + loss.detach(), blocks)
+        return Lesson(loss, told=loss.detach(), out=out.detach())
 
     def predict(self, x):
         if self.answers == "head":

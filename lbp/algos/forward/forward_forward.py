@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lbp.algos import ops
-from lbp.algos.rule import Facts, Learned, LearningRule, Rng
+from lbp.algos.rule import Facts, Learned, LearningRule, Lesson, Rng, learn_by_blocks
 from lbp.archs.network import NORMS
 from lbp.errors import Refused
 
@@ -47,6 +48,7 @@ class ForwardForward(LearningRule):
             raise Refused(f"algo=forward_forward writes the label into the first {task.classes} inputs; "
                           f"samples have {torch.Size(task.in_shape).numel()}")
         self.threshold, self.negatives, self.peer, self.straight_through = threshold, negatives, peer, straight_through
+        self.facts = replace(self.facts, update_locked=predict == "softmax" or negatives == "hard")    # a pass through all layers comes first
         self.rng = Rng()
         self.counted = list(network.hidden)[1:] or list(network.hidden)
         self.readout = None
@@ -64,28 +66,29 @@ class ForwardForward(LearningRule):
                 "heads": [] if self.readout is None else list(self.readout.parameters())}
 
     def learn(self, x, y, apply):
-        out, total = None, x.new_zeros(())
-        if self.readout is not None:     # before anything moves
-            out = self.readout(self.features(x))
-            loss = self.task.loss(out, y)
-            loss.sum().backward()
-            out, total = out.detach(), loss.detach().sum()
-        wrong = self.wrong_labels(x, y, out)
-        h = torch.cat([with_label(x, y, self.task.classes), with_label(x, wrong, self.task.classes)])
-        blocks = {}
-        for name, block in self.network.hidden.items():
-            h = self.answer(block, unit_length(h))
-            positive, negative = goodness_margin(h, self.threshold).chunk(2)
-            loss = F.softplus(-positive) + F.softplus(negative)
-            if self.peer:
-                loss = loss + self.peer * self.uneven(name, h[: len(x)])
-            loss.sum().backward()
-            apply("forward", loss.detach())
-            h = h.detach()
-            total = total + loss.detach().sum()
-            blocks[name] = {"local_loss": loss.detach().mean(),
-                            "local_accuracy": torch.cat([positive > 0, negative < 0]).to(x.dtype).mean()}
-        return Learned(out, total, blocks)
+        if self.readout is None:
+            return super().learn(x, y, apply)
+        out = self.readout(self.features(x))     # before anything moves
+        loss = self.task.loss(out, y)
+        loss.sum().backward()
+        learned = learn_by_blocks(self, self.network.blocks, self.enter(x, y, out.detach()), y, apply)[1]
+        return Learned(out.detach(), learned.loss + loss.detach(), learned.blocks)
+
+    def enter(self, x, y, belief: Tensor | None = None):
+        wrong = self.wrong_labels(x, y, belief)
+        return (torch.cat([with_label(x, y, self.task.classes), with_label(x, wrong, self.task.classes)]),)
+
+    def learn_block(self, name, h, y):
+        block = self.network.blocks[name]
+        if block is self.network.head:
+            return Lesson()
+        h = self.answer(block, unit_length(*h))
+        positive, negative = goodness_margin(h, self.threshold).chunk(2)
+        loss = F.softplus(-positive) + F.softplus(negative)
+        if self.peer:
+            loss = loss + self.peer * self.uneven(name, h[: len(y)])
+        values = {"local_loss": loss.detach().mean(), "local_accuracy": torch.cat([positive > 0, negative < 0]).to(loss.dtype).mean()}
+        return Lesson(loss, (h.detach(),), values, loss.detach())
 
     def answer(self, block, h: Tensor) -> Tensor:
         if not self.straight_through:

@@ -13,7 +13,7 @@ from lbp.algos import ops
 from lbp.algos.forward.sigprop_losses import LOSSES, Streams, similarity
 from lbp.algos.forward.sigprop_parts import channels_of, parts, shapes_of, statistics_kept
 from lbp.algos.forward.sigprop_signals import Digits, LabelProjection
-from lbp.algos.rule import Facts, Learned, LearningRule
+from lbp.algos.rule import Facts, Learned, LearningRule, Lesson, learn_by_blocks
 from lbp.archs.network import Network
 from lbp.errors import Refused
 
@@ -48,6 +48,7 @@ class SigProp(LearningRule):
         projects_input = signal in ("both", "fixed_both")
         self.fixed = {*fixed, *(list(network.hidden)[:1] if signal == "fixed_both" else ())}
         self.passed = [network.hidden[name] for name in network.hidden if name in passed]
+        self.names = [name for name in network.blocks if name not in passed]     # those that learn by themselves, the head with what is passed
         taught = {name: block for name, block in network.hidden.items() if name not in passed}
         self.parts = list(parts(taught, granularity, projects_input))
         shapes = shapes_of(network, self.parts)
@@ -64,24 +65,48 @@ class SigProp(LearningRule):
         return groups | ({"heads": learned} if learned else {})
 
     def learn(self, x, y, apply):
-        losses, blocks, groups = [], {}, list(self.groups())
-
-        def settle(loss: Tensor) -> None:
-            if self.schedule == "joint":
-                losses.append(loss)
-                return
-            loss.sum().backward()
-            for group in groups:
-                apply(group, loss.detach())
-
-        context = self.labels(y) if self.mode != "loop_back" else self.errors(self.look(x), y)
-        h = self.propagate(x, y, *context, settle, blocks)
+        *taught, head = self.names
+        streaming = self.schedule == "streaming"
+        h = self.enter(x, y) if self.mode != "loop_back" else (x, *self.errors(self.look(x), y))
+        h, learned = learn_by_blocks(self, taught, h, y, apply, streaming)
+        blocks = learned.blocks
         if self.mode == "forward_loop_back":
-            h = self.propagate(x, y, *self.errors(h, y), settle, blocks)
-        out = self.classify(h)
-        loss = self.task.loss(out, y)
-        torch.stack([part.sum() for part in (*losses, loss)]).sum().backward()
-        return Learned(out.detach(), loss.detach(), blocks)
+            h, learned = learn_by_blocks(self, taught, (x, *self.errors(h[0], y)), y, apply, streaming)
+            blocks |= learned.blocks
+        _, learned = learn_by_blocks(self, [head], h, y, apply, streaming)
+        return Learned(learned.out, learned.loss, blocks)
+
+    def enter(self, x, y):
+        return x, *self.labels(y)
+
+    def learn_block(self, name, h, y):
+        """Both streams through the layers of a block. `h`: the input's, the target's t (R, classes) or what was made of it, and `labels`
+        (R,) and `own` (N,) as in Streams."""
+        h, t, labels, own = h
+        if name == self.names[-1]:
+            out = self.classify(h)
+            loss = self.task.loss(out, y)
+            return Lesson(loss, told=loss.detach(), out=out.detach())
+        losses, values = [], {}
+        for part, channels in zip(self.parts, self.channels):
+            if part.block != name:
+                continue
+            h0, t0 = h, t
+            with torch.set_grad_enabled(part.has_weights and part.block not in self.fixed):
+                h = part.run(h0)
+                if part is not self.parts[0]:
+                    with statistics_kept(self.network.hidden[part.block]):
+                        t = part.run(t0)
+            if part is self.parts[0]:
+                t = self.projection(t0)
+            if h.requires_grad or t.requires_grad:
+                scale = math.sqrt(channels) if self.temperature == "auto" else self.temperature
+                loss, hit = self.match(Streams(h, t, h0, t0, y, labels, own, similarity(h, t, channels) / scale))
+                values |= {f"local_loss{part.suffix}": loss.detach().mean(), f"local_accuracy{part.suffix}": hit.to(loss.dtype).mean()}
+                losses.append(loss)
+            with torch.no_grad():
+                h, t = part.after(h.detach()), part.after(t.detach())
+        return Lesson(sum(losses) if losses else None, (h, t, labels, own), values)
 
     def classify(self, h: Tensor) -> Tensor:
         for block in self.passed:
@@ -94,29 +119,6 @@ class SigProp(LearningRule):
             for block in list(self.network.hidden.values())[: -len(self.passed) or None]:
                 x = block(x)
         return x
-
-    def propagate(self, x, y, t, labels, own, settle, blocks) -> Tensor:
-        """Both streams through the layers that learn from them, `settle` called with each loss; returns the input's.
-        t (R, classes): what the signal is to carry; `labels` (R,) and `own` (N,): as in Streams."""
-        h = x
-        for part, channels in zip(self.parts, self.channels):
-            h0, t0 = h, t
-            with torch.set_grad_enabled(part.has_weights and part.block not in self.fixed):
-                h = part.run(h0)
-                if part is not self.parts[0]:
-                    with statistics_kept(self.network.hidden[part.block]):
-                        t = part.run(t0)
-            if part is self.parts[0]:
-                t = self.projection(t0)
-            if h.requires_grad or t.requires_grad:
-                scale = math.sqrt(channels) if self.temperature == "auto" else self.temperature
-                loss, hit = self.match(Streams(h, t, h0, t0, y, labels, own, similarity(h, t, channels) / scale))
-                blocks.setdefault(part.block, {}).update({f"local_loss{part.suffix}": loss.detach().mean(),
-                                                          f"local_accuracy{part.suffix}": hit.to(loss.dtype).mean()})
-                settle(loss)
-            with torch.no_grad():
-                h, t = part.after(h.detach()), part.after(t.detach())
-        return h
 
     def match(self, streams: Streams) -> tuple[Tensor, Tensor]:
         """Each sample's loss, and whether the target most similar to it is of its class."""

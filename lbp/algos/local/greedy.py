@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lbp.algos.local.local import leading, learn_by_blocks, prediction_loss, tapped, tapped_shapes
+from lbp.algos.local.local import leading, lesson_of, prediction_loss, tapped, tapped_shapes
 from lbp.algos.rule import Facts, Learned, LearningRule, Phase
 from lbp.archs.network import norm as make_norm
 
@@ -46,13 +46,12 @@ class Greedy(LearningRule):
             return super().phases()
         return [Phase(name, learn=partial(self.learn_stage, turn), restart=True) for turn, name in enumerate(self.names)]
 
-    def learn(self, x, y, apply):
-        """All blocks at once, whatever the schedule."""
-        learned = learn_by_blocks(self, x, y, apply)
+    def learn_block(self, name, h, y):
+        lesson = lesson_of(self, name, *h, y)
         if self.readout == "auxiliary":
-            learned.out = self.last
-            learned.loss = self.task.loss(self.last, y)
-        return learned
+            lesson.out = self.last if name == self.names[-1] else None
+            lesson.told = None if lesson.out is None else self.task.loss(self.last, y)
+        return lesson
 
     def learn_stage(self, turn: int, x: Tensor, y: Tensor, apply) -> Learned:
         """One block, and with the last one the head; the blocks below are frozen."""

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lbp.algos.rule import Facts, Learned, LearningRule
+from lbp.algos.rule import Facts, LearningRule, Lesson
 from lbp.archs.init import draw
 from lbp.archs.network import Layer, Network
 from lbp.errors import Refused
@@ -34,31 +34,24 @@ class Local(LearningRule):
     def groups(self):
         return {"forward": list(self.network.parameters()), "heads": list(self.heads.parameters())}
 
-    def learn(self, x, y, apply):
-        return learn_by_blocks(self, x, y, apply)
+    def learn_block(self, name, h, y):
+        return lesson_of(self, name, *h, y)
 
     def local_loss(self, name: str, h: Tensor, y: Tensor):
         return prediction_loss(self.task, self.heads[name](h), y)
 
 
-def learn_by_blocks(rule, x: Tensor, y: Tensor, apply, head_factor: float = 1.0) -> Learned:
-    """Every block by `rule.local_loss(name, h, y)`, which gives losses to be summed and values to be logged, and the head by its
-    own loss times `head_factor`; `rule.schedule` says when they are stepped, `rule.tap` where h is found."""
-    losses, blocks = [], {}
-    for name, block in rule.network.hidden.items():
-        h, x = tapped(block, x, rule.tap)
-        loss, blocks[name] = rule.local_loss(name, h, y)
-        x = x.detach()
-        if rule.schedule == "streaming":
-            loss.sum().backward()
-            apply("forward", loss.detach())
-            apply("heads", loss.detach())
-        else:
-            losses.append(loss.sum())
-    out = rule.network.head(x)
-    loss = rule.task.loss(out, y)
-    torch.stack([*losses, head_factor * loss.sum()]).sum().backward()
-    return Learned(out.detach(), loss.detach(), blocks)
+def lesson_of(rule, name: str, x: Tensor, y: Tensor, head_factor: float = 1.0) -> Lesson:
+    """A block's by `rule.local_loss(name, h, y)`, which gives losses to be summed and values to be logged, h being found where
+    `rule.tap` says; the head's by its own loss times `head_factor`."""
+    block = rule.network.blocks[name]
+    if block is rule.network.head:
+        out = block(x)
+        loss = rule.task.loss(out, y)
+        return Lesson(head_factor * loss, told=loss.detach(), out=out.detach())
+    h, x = tapped(block, x, rule.tap)
+    loss, values = rule.local_loss(name, h, y)
+    return Lesson(loss, (x.detach(),), values)
 
 
 def tapped(block: nn.Module, x: Tensor, tap: str) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lbp.algos.local.local import learn_by_blocks, local_heads, prediction_loss
+from lbp.algos.local.local import lesson_of, local_heads, prediction_loss
 from lbp.algos.local.sim import similarity_loss, similarity_maps
 from lbp.algos.rule import Facts, LearningRule
 
@@ -30,8 +30,8 @@ class PredSim(LearningRule):
     def groups(self):
         return {"forward": list(self.network.parameters()), "heads": [*self.heads.parameters(), *self.maps.parameters()]}
 
-    def learn(self, x, y, apply):
-        return learn_by_blocks(self, x, y, apply, 1 - self.beta)
+    def learn_block(self, name, h, y):
+        return lesson_of(self, name, *h, y, 1 - self.beta)
 
     def local_loss(self, name: str, h: Tensor, y: Tensor):
         pred, values = prediction_loss(self.task, self.heads[name](h), y)

@@ -3,7 +3,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lbp.algos import ops
-from lbp.algos.local.local import leading, learn_by_blocks, tapped_shapes
+from lbp.algos.local.local import leading, lesson_of, tapped_shapes
 from lbp.algos.rule import Facts, LearningRule
 from lbp.archs.network import Network
 from lbp.errors import Refused
@@ -33,8 +33,8 @@ class Sim(LearningRule):
     def groups(self):
         return {"forward": list(self.network.parameters()), "heads": list(self.maps.parameters())}
 
-    def learn(self, x, y, apply):
-        return learn_by_blocks(self, x, y, apply)
+    def learn_block(self, name, h, y):
+        return lesson_of(self, name, *h, y)
 
     def local_loss(self, name: str, h: Tensor, y: Tensor):
         loss = similarity_loss(self.maps[name](h), self.task.onehot(y))

@@ -211,7 +211,7 @@ def test_what_is_on_its_way_is_bounded(together):
 @pytest.mark.parametrize("how", ["exit", "hang"])
 def test_a_stage_that_is_lost_ends_the_others(how, together):
     found, = [part for part in together[how] if part]
-    assert found["error"] == "RankLost" and "rank 1 did not take part" in found["text"] and "launch.timeout" in found["text"]
+    assert found["error"] == "RankLost" and "rank 1 did not take part" in found["text"] and "launch.rank_timeout" in found["text"]
     assert found["seconds"] < 3 + ranks.ROLL_CALL + 6
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from importlib import import_module
@@ -25,8 +26,6 @@ def check(engine: str, launch: dict) -> None:
     if engine == "ray":
         _connect(launch["address"])
     elif launch["cluster"] == "slurm":
-        import shutil
-
         if not shutil.which("sbatch"):
             raise ConfigError("launch=slurm: this machine has no sbatch; run it on a login node of the cluster, or set launch.cluster=local")
 

@@ -360,11 +360,11 @@ class Search:
         for line in lines:
             say(line)
         if stopped:
-            sweeps._warn(f"search stopped; lbp resume {self.folder} goes on")
+            sweeps.warn(f"search stopped; lbp resume {self.folder} goes on")
             return stopped
         for rule in self.rules:
             if not rule.best():
-                sweeps._warn(f"{rule.plan.algo}: no trial was completed" + (f"; {rule.vain}" if rule.vain else ""))
+                sweeps.warn(f"{rule.plan.algo}: no trial was completed" + (f"; {rule.vain}" if rule.vain else ""))
         return 0 if all(rule.best() for rule in self.rules) else 1
 
     def _announce(self) -> None:
@@ -468,7 +468,7 @@ class Search:
                 trial.set_user_attr(key, getattr(running, key))
             rule.study.tell(trial.number, value)
             say(f"{said}: {running.metric} {_figure(value)}, {seconds:.0f} s" + ("" if best and best.value >= value else ", the best so far"))
-        elif job and not job.why and (job.code in INTERRUPTED or job._told):
+        elif job and not job.why and (job.code in INTERRUPTED or job.told):
             self.mine.discard((rule.plan.algo, trial.number))
         elif running.pruned or job and job.code == 4:
             trial.set_user_attr("ended", job.why if running.pruned else "diverged")
@@ -478,7 +478,7 @@ class Search:
             how = (job.ended if job else "") or "tells no validation"
             trial.set_user_attr("ended", how)
             rule.study.tell(trial.number, state=states.FAIL)
-            sweeps._warn(f"{said}: {how}; its log: {run.log}")
+            sweeps.warn(f"{said}: {how}; its log: {run.log}")
             if job and job.code in (2, 3) and not rule.best():
                 rule.vain = "".join(run.log.read_text("utf-8", "replace").splitlines()[-1:]).removeprefix("lbp: ")
         running.lock.release()

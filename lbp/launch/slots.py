@@ -33,10 +33,10 @@ class Job:
     code: int | None = None             # its exit code; below 0: the signal that killed it
     why: str = ""                       # we ended it, and why
     slot: int = 0
+    told: float = 0.0                   # when it was told to end
     _child: subprocess.Popen | None = field(default=None, repr=False)
     _reader: threading.Thread | None = field(default=None, repr=False)
     _heard: float = 0.0
-    _told: float = 0.0
 
     @property
     def ended(self) -> str:
@@ -73,12 +73,12 @@ class Job:
         """Tells it to end; makes it where it was told before."""
         self.why = self.why or why
         with suppress(ProcessLookupError):
-            os.killpg(self._child.pid, signal.SIGKILL) if self._told else self._child.send_signal(signum)
-        self._told = self._told or time.time()
+            os.killpg(self._child.pid, signal.SIGKILL) if self.told else self._child.send_signal(signum)
+        self.told = self.told or time.time()
 
     def over(self) -> bool:
         """Whether it has ended; if so, nothing is left of it."""
-        if self._told and time.time() - self._told > GRACE:
+        if self.told and time.time() - self.told > GRACE:
             self.end()
         self.code = self._child.poll()
         if self.code is None:
@@ -117,7 +117,7 @@ def run(jobs: Iterator[Job | None], slots: int, timeout: float | None = None, sh
                 if job.over():
                     running.remove(job)
                     yield job
-                elif not job._told:
+                elif not job.told:
                     if timeout and job.silent() > timeout:
                         job.end(f"hung: no sign of life for {timeout:g} s (launch.timeout)")
                     elif why := watch(job):

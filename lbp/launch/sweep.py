@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import signal
 import sys
 import time
@@ -114,9 +115,9 @@ def sweep(trials: list[Config], file: Path | None = None, debug: bool = False) -
         from lbp.launch import clusters
 
         clusters.check(engine, launch)
-    folder, fresh = folder_of(trials[0].values["run"])
+    folder, _ = folder_of(trials[0].values["run"])
     with folders.locked(folder):
-        return _run(folder, _enlisted(folder, trials, file, debug), launch, engine, fresh)
+        return _run(folder, _enlisted(folder, trials, file, debug), launch, engine)
 
 
 def resume(folder: Path, overrides: list[str], debug: bool = False) -> int:
@@ -231,12 +232,11 @@ def _enlisted(folder: Path, trials: list[Config], file: Path | None, debug: bool
     return [Trial(folder, known[key]["name"], known[key]["overrides"], debug) for key in asked]
 
 
-def _run(folder: Path, trials: list[Trial], launch: dict, engine: str | None, fresh: bool) -> int:
-    count = len(trials)
-    left = [trial for trial in trials if not trial.done]
-    slots_said = f", {launch['slots']} at a time" if not engine and launch["slots"] > 1 else f" by {engine}" if engine else ""
-    say(f"sweep of {count} trials{slots_said}: {folder}" + (f"; {count - len(left)} are done" if len(left) < count else ""))
+def _run(folder: Path, trials: list[Trial], launch: dict, engine: str | None) -> int:
+    count, left = len(trials), [trial for trial in trials if not trial.done]
     alone = not engine and launch["slots"] == 1
+    how = f" by {engine}" if engine else "" if alone else f", {launch['slots']} at a time"
+    say(f"sweep of {count} trials{how}: {folder}" + (f"; {count - len(left)} are done" if len(left) < count else ""))
     number = {trial.name: i for i, trial in enumerate(trials, 1)}
     failed: list[tuple[Trial, str]] = []
     ended, stopped = 0, 0
@@ -253,7 +253,7 @@ def _run(folder: Path, trials: list[Trial], launch: dict, engine: str | None, fr
             trial.settle(code)
             if code:
                 failed.append((trial, how))
-                _warn(f"trial {number[trial.name]}/{count} {'' if alone else trial.name + ' '}{how}; its log: {trial.log}")
+                warn(f"trial {number[trial.name]}/{count} {'' if alone else trial.name + ' '}{how}; its log: {trial.log}")
             elif not alone:
                 say(f"trial {number[trial.name]}/{count} {trial.name}: {_result(trial.run)}, {seconds:.0f} s")
     except (KeyboardInterrupt, SystemExit) as asked:
@@ -261,15 +261,15 @@ def _run(folder: Path, trials: list[Trial], launch: dict, engine: str | None, fr
     finally:
         signal.signal(signal.SIGTERM, before)
     if stopped:
-        _warn(f"sweep stopped, {len(left) - ended} trials not started; lbp resume {folder} goes on")
+        warn(f"sweep stopped, {len(left) - ended} trials not started; lbp resume {folder} goes on")
         return stopped
     say(f"sweep: {count - len(failed)} of {count} trials done: {folder}")
     for line in _table(trials):
         say(line)
     for trial, how in failed:
-        _warn(f"{trial.name} {how}; its log: {trial.log}")
+        warn(f"{trial.name} {how}; its log: {trial.log}")
     if failed:
-        _warn(f"lbp resume {folder} runs what is not done")
+        warn(f"lbp resume {folder} runs what is not done")
     return 1 if failed else 0
 
 
@@ -306,8 +306,6 @@ def _result(run: Path) -> str:
 
 
 def _table(trials: list[Trial]) -> list[str]:
-    import shutil
-
     from lbp.report import runs
     from lbp.report.listing import listing
 
@@ -315,6 +313,6 @@ def _table(trials: list[Trial]) -> list[str]:
     return listing([runs.read(run) for run in there], shutil.get_terminal_size().columns) if len(there) > 1 else []
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
     with suppress(OSError):  # nobody reads
         print(f"lbp: {text}", file=sys.stderr, flush=True)

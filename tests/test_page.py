@@ -123,7 +123,7 @@ def test_many_layers_are_rows_of_colours():
 
 
 @pytest.mark.parametrize("values, name, log", [((1, 5), "loss", False), ((1, 50), "loss", True), ((0, 1e-9, 1), "grad_norm", True), ((-1, 50), "loss", False),
-                                               ((0, 0), "loss", False), ((5e-324, 9e199), "loss", True), ((3, 3), "loss", False), ((0.01, 1), "local_accuracy", False), ((1, 170), "alignment_deg", False)])
+                                               ((0, 0), "loss", False), ((1e-300, 9e199), "loss", True), ((3, 3), "loss", False), ((0.01, 1), "local_accuracy", False), ((1, 170), "alignment_deg", False)])
 def test_axes_hold_all_there_is(values, name, log):
     line = plots.Line("a", [0, 5, 9][: len(values)], values, values, values, "red")
     scale = plots.scale([line], name)

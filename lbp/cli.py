@@ -155,9 +155,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     resume = add(
         "resume",
-        "go on with a run that was stopped, as if it had not been",
+        "go on with a run, a sweep or a search that was stopped",
         "RUN [key=value ...]",
-        epilog="free to change: trainer.epochs (more), max_minutes, patience, checkpoint_every, on_nonfinite; logger.*",
+        epilog="free to change: of a run trainer.epochs (more), max_minutes, patience, checkpoint_every, on_nonfinite; logger.*\n"
+        "of a sweep or a search launch.*; RUN is then its folder, or the start of its name",
     )
     export = add(
         "export", "write the trained network, loadable without lbp", "RUN [--checkpoint WHICH] [--to PATH]"

@@ -143,6 +143,9 @@ def test_what_is_written_where(capsys, monkeypatch):
         assert capsys.readouterr().out == f"report: {place / 'report.html'}\n" and (place / "report.html").read_text().startswith("<!doctype html>")
         assert cli.main(["report", *words]) == 0    # our own is written again
         capsys.readouterr()
+    named = [make(f"study/{i}", seed=i) for i in (1, 2)][0].parent      # by run.dir
+    (named / "sweep.json").touch()
+    assert cli.main(["report", str(named)]) == 0 and capsys.readouterr().out == f"report: {named / 'report.html'}\n"
     Path("report.html").write_text("mine")
     assert cli.main(["report"]) == 2 and "no page of lbp" in capsys.readouterr().err and Path("report.html").read_text() == "mine"
     assert cli.main(["report", "--output", "other.html"]) == 0 and cli.main(["report", "--output", "no/where.html"]) == 2

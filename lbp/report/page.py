@@ -64,7 +64,9 @@ def place(folders: Sequence[Path]) -> Path:
     above = {folder.parent for folder in folders}
     if len(folders) == 1:
         return folders[0] / "report.html"
-    return (above.pop() if len(above) == 1 and "-sweep-" in folders[0].parent.name else Path()) / "report.html"
+    sweep = folders[0].parent
+    alone = len(above) == 1 and ("-sweep-" in sweep.name or any((sweep / record).exists() for record in ("sweep.json", "study.journal")))
+    return (sweep if alone else Path()) / "report.html"
 
 
 def check(path: Path) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
 from collections.abc import Iterator
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,9 +25,8 @@ def check(engine: str, launch: dict) -> None:
                           "or use launch.slots on this machine")
     if engine == "ray":
         _connect(launch["address"])
-    elif launch["cluster"] == "slurm":
-        if not shutil.which("sbatch"):
-            raise ConfigError("launch=slurm: this machine has no sbatch; run it on a login node of the cluster, or set launch.cluster=local")
+    elif launch["cluster"] == "slurm" and not shutil.which("sbatch"):
+        raise ConfigError("launch=slurm: this machine has no sbatch; run it on a login node of the cluster, or set launch.cluster=local")
 
 
 def run(engine: str, trials: list[Trial], launch: dict) -> Iterator[Ended]:
@@ -47,12 +46,11 @@ def _threads(launch: dict) -> dict[str, str]:
 
 
 def _connect(address: str):
-    import logging
+    import ray
 
-    ray = import_module("ray")
     if not ray.is_initialized():
         try:
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=None if address != "local" else False)
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False if address == "local" else None)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ConfigError(f"launch.address={address}: no Ray cluster there ({str(error).splitlines()[0]}); ray start --head begins one, "
                               "launch.address=local makes one of this machine") from None

@@ -39,6 +39,11 @@ class Job:
     _heard: float = 0.0
 
     @property
+    def failed(self) -> int:
+        """Its exit code; of one that we ended never 0."""
+        return self.code or int(bool(self.why))
+
+    @property
     def ended(self) -> str:
         """How it ended, as one says it of it; "" where it did what it should."""
         if self.why:

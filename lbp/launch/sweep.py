@@ -94,7 +94,7 @@ class Trial:
             return 0, "", 0.0
         self.now = self.job()
         job, = slots.run(iter([self.now]), 1, timeout)
-        return job.code or bool(job.why), job.ended, job.seconds
+        return job.failed, job.ended, job.seconds
 
     def settle(self, code: int) -> None:
         """A run that was killed cannot say so itself."""
@@ -292,7 +292,7 @@ def _local(trials: list[Trial], launch: dict, numbers: dict[str, int] | None, co
 
     finished: list[Trial] = []
     for job in slots.run(jobs(), launch["slots"], launch["timeout"], show=bool(numbers)):
-        yield job.of, job.code or (1 if job.why else 0), job.ended, job.seconds
+        yield job.of, job.failed, job.ended, job.seconds
     for trial in finished:
         yield trial, 0, "", 0.0
 

@@ -28,6 +28,7 @@ torch.set_num_threads(1)
 ALGOS = list(registry.options("algo"))
 ARCHS = list(registry.options("arch"))
 CLASSES = 4
+PATIENCE = 300.0    # seconds after which another process is said to hang: no busy machine takes so long
 
 
 # Files whose tests wait for other processes take longest: first, so that no worker is left alone with one at the end.

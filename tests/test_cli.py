@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE
 
 import lbp
 from lbp import cli, registry
@@ -29,7 +30,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 def command(*argv, env=None):
     """`lbp argv` in a process of its own."""
-    return subprocess.run([sys.executable, "-m", "lbp", *argv], capture_output=True, timeout=60, text=True,
+    return subprocess.run([sys.executable, "-m", "lbp", *argv], capture_output=True, timeout=PATIENCE, text=True,
                           env=os.environ | {"PYTHONPATH": str(ROOT)} | (env or {}))
 
 
@@ -73,7 +74,7 @@ def test_nothing_but_training_imports_torch(tmp_path):
             print(main(argv))
         assert "hydra" in sys.modules and not {"torch", "numpy", "wandb", "rich"} & set(sys.modules)
         """)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60,
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE,
                           env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-7:] == ["2", "2", "2", "2", "trial 1/2: algo=bp", "trial 2/2: algo=dfa", "0"]
@@ -142,7 +143,7 @@ def test_any_terminal_will_do(env):
 
 
 def test_a_closed_pipe_is_quiet():
-    done = subprocess.run(f'"{sys.executable}" -m lbp list | head -1', shell=True, capture_output=True, text=True, timeout=60,
+    done = subprocess.run(f'"{sys.executable}" -m lbp list | head -1', shell=True, capture_output=True, text=True, timeout=PATIENCE,
                           env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"})
     assert done.stderr == "" and len(done.stdout.splitlines()) == 1
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE
 
 import warm
 
@@ -36,7 +37,7 @@ def test_following_a_page_works(page, tmp_path, monkeypatch):
         if tool == "lbp" and not installs and "wandb" not in page.stem:     # whose last words come as an interpreter ends
             done = warm.lbp(words, tmp_path)
         else:
-            done = subprocess.run([sys.executable, *TOOLS[tool], *words], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+            done = subprocess.run([sys.executable, *TOOLS[tool], *words], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
 
 

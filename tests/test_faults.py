@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import PATIENCE
 
 from lbp import cli, config, registry
 from lbp.errors import ConfigError
@@ -312,7 +313,7 @@ def test_seed_0_is_a_seed_like_any_other():
     ("list >&-", 0), ("show algo=dfa <&- >&- 2>&-", 0), ("train algo=dfaa 2>&-", 2), ("train algo=dfaa >&- 2>&-", 2),
     ("train algo=dfaa 2>/dev/full", 2), ("list >/dev/full", 5)])
 def test_streams_that_are_closed_or_full(line, code):
-    done = subprocess.run(f'"{sys.executable}" -m lbp {line}', shell=True, capture_output=True, text=True, timeout=60,
+    done = subprocess.run(f'"{sys.executable}" -m lbp {line}', shell=True, capture_output=True, text=True, timeout=PATIENCE,
                           env=os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"})
     assert done.returncode == code and "Traceback" not in done.stderr and "Exception" not in done.stderr
     assert done.stdout == ""
@@ -322,7 +323,7 @@ def test_a_run_in_the_poorest_of_terminals():
     env = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "LC_ALL": "C", "PYTHONUTF8": "0",
            "PYTHONCOERCECLOCALE": "0", "TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "40", "OMP_NUM_THREADS": "1"}  # and no HOME
     argv = ["train", "dataset=iris", "arch.widths=[8]", "trainer.epochs=2", "run.dir=there"]
-    done = subprocess.run([sys.executable, "-m", "lbp", *argv], capture_output=True, timeout=100, env=env)
+    done = subprocess.run([sys.executable, "-m", "lbp", *argv], capture_output=True, timeout=PATIENCE, env=env)
     assert done.returncode == 0 and done.stderr == b"" and b"\x1b" not in done.stdout and done.stdout.isascii()
     assert done.stdout.count(b"\nepoch ") == 2 and Path("there/STATUS").read_text().strip() == "done"
 

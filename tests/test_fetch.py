@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE
 from filelock import FileLock
 
 from data_fixtures import idx_bytes, write_mnist
@@ -158,13 +159,13 @@ def test_a_server_that_falls_silent(tmp_path, server, monkeypatch, how):
     server.files = {"/a": getattr(server, how, None), "/b": BODY}
     if how == "lookup":
         known = socket.getaddrinfo
-        monkeypatch.setattr(socket, "getaddrinfo", lambda host, *a, **k: server.over.wait(20) and []
+        monkeypatch.setattr(socket, "getaddrinfo", lambda host, *a, **k: server.over.wait(60) and []
                             if host == "nowhere" else known(host, *a, **k))
     first = "http://nowhere/a" if how == "lookup" else f"{server.url}/a"
     start = time.monotonic()
     with pytest.raises(DataError, match="TimeoutError"):
         fetch([first], tmp_path / "x" / "file", MD5)
-    assert time.monotonic() - start < 3 and list(tmp_path.iterdir()) == []
+    assert time.monotonic() - start < 30 and list(tmp_path.iterdir()) == []
     fetch([first, f"{server.url}/b"], tmp_path / "file", MD5)
     assert (tmp_path / "file").read_bytes() == BODY
 
@@ -268,7 +269,7 @@ def test_eight_processes_fail_together(tmp_path, server):
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, server):
     server.files = {"/file": server.half}
     with process(server, tmp_path, [f"file:{MD5}"]) as child:
-        until = time.monotonic() + 10
+        until = time.monotonic() + PATIENCE
         while not list(tmp_path.glob(".file.*.part")) and time.monotonic() < until:
             time.sleep(0.02)
         server.files = {"/file": BODY}
@@ -278,7 +279,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, server):
         waiter.join(0.5)
         assert waiter.is_alive() and server.asked.count("/file") == 1       # it waits, and asks for nothing
         child.send_signal(signal.SIGKILL)
-        waiter.join(5)
+        waiter.join(PATIENCE)
         assert not waiter.is_alive()
     assert server.asked.count("/file") == 2 and (tmp_path / "file").read_bytes() == BODY
     assert [p.name for p in tmp_path.iterdir()] == ["file"]     # nothing of the dead process's either
@@ -289,7 +290,7 @@ def test_the_wait_for_another_process_is_bounded(tmp_path, monkeypatch):
     start = time.monotonic()
     with FileLock(tmp_path / ".file.lock"), pytest.raises(DataError, match="Timeout.*file.lock"):
         fetch(["http://127.0.0.1/file"], tmp_path / "file", MD5)
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 30
 
 
 # ---- MNIST's files

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import Log, arrays, configuration
+from conftest import PATIENCE, Log, arrays, configuration
 
 import lbp
 from lbp.algos.baseline.bp import BP
@@ -149,7 +149,7 @@ def test_out_of_memory_says_the_figures_and_the_remedies(monkeypatch, tmp_path):
 
 def test_in_a_sweep_the_other_trials_go_on(tmp_path):
     done = subprocess.run([sys.executable, "-m", "lbp", "train", "-m", *QUICK, "arch.widths=[16],[30000000,30000000]", "run.dir=s"],
-                          capture_output=True, text=True, timeout=120)
+                          capture_output=True, text=True, timeout=PATIENCE)
     first, second = sorted(p for p in (tmp_path / "s").iterdir() if p.is_dir())
     assert done.returncode == 1 and "exit code 5" in done.stderr
     assert [(f / "STATUS").read_text() for f in (first, second)] == ["done\n", "failed\n"]

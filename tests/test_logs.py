@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import PATIENCE
 
 import lbp
 from lbp import cli
@@ -101,7 +102,7 @@ def on_a_terminal(*argv, columns=80, rows=24, act=None, env=None, code=None):
     with subprocess.Popen([sys.executable, *(["-c", code] if code else ["-m", "lbp"]), *argv], stdin=slave, stdout=slave, stderr=slave,
                           env=environment | (env or {}), start_new_session=True) as process:
         os.close(slave)
-        out, end = b"", time.monotonic() + 120
+        out, end = b"", time.monotonic() + PATIENCE
         try:
             while time.monotonic() < end:
                 if select.select([master], [], [], 0.1)[0]:
@@ -320,10 +321,10 @@ def test_a_terminal_that_takes_nothing_holds_nobody_up(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Tty())
     shown = live.View(2, ["accuracy"])
     shown.follow(State(), 10, 20, lambda: 1.0)
-    tty.write = lambda text: stuck.wait(30)     # Ctrl-S
+    tty.write = lambda text: stuck.wait(300)     # Ctrl-S
     before = time.monotonic()
     shown.stop(0.2)
-    assert time.monotonic() - before < 2
+    assert time.monotonic() - before < 60
     stuck.set()
 
 
@@ -367,7 +368,7 @@ def recorded(path):
 def read_back(folder):
     """(history rows, run, summary, metrics' axes) of the one recording in a run's folder."""
     file, = folder.glob("wandb/offline-run-*/*.wandb")
-    end = time.monotonic() + 20
+    end = time.monotonic() + PATIENCE
     while not any(r.WhichOneof("record_type") == "exit" for r in recorded(file)):   # W&B's process writes after finish() too
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -525,7 +526,7 @@ def test_a_server_that_is_not_there(monkeypatch, capsys):
 def test_a_service_of_a_process_that_is_gone():
     """W&B leaves the address of its process to every child of a script; the child outlives it."""
     folder = lbp.run(*QUICK, "logger.wandb.mode=disabled").folder
-    done = subprocess.run([sys.executable, "-m", "lbp", "sync", "last", "--offline"], capture_output=True, text=True, timeout=120,
+    done = subprocess.run([sys.executable, "-m", "lbp", "sync", "last", "--offline"], capture_output=True, text=True, timeout=PATIENCE,
                           env=os.environ | {"WANDB_SERVICE": f"3-{os.getpid()}-unix-{folder}/none"})
     assert done.returncode == 0 and "warning" not in done.stdout, done.stdout + done.stderr
     assert_whole(folder)
@@ -548,12 +549,12 @@ def test_a_call_that_hangs_holds_nobody_up(call, monkeypatch, capsys):
         log.write({"step": step, "epoch": 1, "split": "train", "loss": 0.5})
     log.close("done", {})
     out = capsys.readouterr().out
-    assert time.monotonic() - before < 5 and out.count("warning") == 1 and "W&B is off" in out
+    assert time.monotonic() - before < 60 and out.count("warning") == 1 and "W&B is off" in out
 
 
 def test_w_and_b_that_lags_behind_is_left_behind(monkeypatch, capsys):
     monkeypatch.setattr(view, "BEHIND", 50)
-    Fake(monkeypatch, log=lambda fake: fake.calls.count("log") > 1 and time.sleep(20))
+    Fake(monkeypatch, log=lambda fake: fake.calls.count("log") > 1 and time.sleep(120))
     log = Wandb(SETTINGS, {}, OPTIONS, Path("there"), "id")
     for step in range(200):
         log.write({"step": step, "epoch": 1, "split": "train", "loss": 0.5})

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import Log, arrays, configuration
+from conftest import PATIENCE, Log, arrays, configuration
 
 import warm
 from lbp import ranks
@@ -153,7 +153,7 @@ def together(tmp_path_factory):
                       for rank in range(world)}
     for process in processes.values():
         process.start()
-    until = time.monotonic() + 100
+    until = time.monotonic() + PATIENCE
     hung = processes.pop(("hang", 1))
     for process in processes.values():
         process.join(max(0, until - time.monotonic()))

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ALGOS, CLASSES, RECURRENT, Log, build, configuration, dense, make_task, prefers, stepper, unrolled
+from conftest import ALGOS, CLASSES, PATIENCE, RECURRENT, Log, build, configuration, dense, make_task, prefers, stepper, unrolled
 
 import lbp
 from lbp import ranks, registry
@@ -317,12 +317,12 @@ def within(seconds):
         raise TimeoutError(f"not over after {seconds} s")
 
     before = signal.signal(signal.SIGALRM, enough)
-    signal.alarm(seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     began = time.monotonic()
     try:
         yield lambda: time.monotonic() - began
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
 
@@ -330,7 +330,7 @@ def command(*words):
     """Exit code of a command, in this process: its ranks are others."""
     from lbp.cli import main
 
-    with within(60):
+    with within(PATIENCE):
         return main(list(words))
 
 
@@ -345,8 +345,8 @@ def of_a_run(folder):
     return found
 
 
-def waited(condition, seconds=30):
-    end = time.monotonic() + seconds
+def waited(condition):
+    end = time.monotonic() + PATIENCE
     while not (found := condition()):
         assert time.monotonic() < end, "it did not come to that"
         time.sleep(.05)
@@ -367,19 +367,23 @@ def lines(folder):
 
 
 @contextmanager
-def started(*words, **environment):
-    process = subprocess.Popen([*LBP, "train", *RUN, *TWO, *words], env=os.environ | environment, start_new_session=True,
+def begun(command, **environment):
+    process = subprocess.Popen(command, env=os.environ | environment, start_new_session=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         yield process
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.communicate(timeout=10)
+        process.communicate(timeout=PATIENCE)
+
+
+def started(*words, **environment):
+    return begun([*LBP, "train", *RUN, *TWO, *words], **environment)
 
 
 def test_a_run_is_one_and_resumes_as_if_it_had_not_stopped(here, monkeypatch, capfd):
-    with within(60):
+    with within(PATIENCE):
         whole = lbp.run(*RUN, *TWO, "run.dir=whole", "logger.wandb.mode=offline")
     assert whole.summary["world_size"] == 2 and status("whole") == whole.summary["status"] == "done"
     assert [p.name for p in here.iterdir() if p.is_dir()] == ["whole"] and whole.summary["steps"] == 30
@@ -409,7 +413,7 @@ def test_ctrl_c_of_a_terminal_ends_it_with_a_checkpoint(here):
     with started(f"run.dir={here / 'run'}", TRICK="slow 9 3") as run:
         waited((here / "pid1").exists)
         os.killpg(run.pid, signal.SIGINT)
-        _, errors = run.communicate(timeout=20)
+        _, errors = run.communicate(timeout=PATIENCE)
     assert run.returncode == 130 and "Traceback" not in errors and errors.startswith("lbp: interrupted by Ctrl-C") and errors.count("\n") == 2
     assert status("run") == "interrupted" and checkpoint("run")["state"]["step"] >= 2 and not of_a_run(here / "run")
 
@@ -427,9 +431,9 @@ def test_a_second_ctrl_c_and_a_killed_launcher_leave_nothing(here):
         time.sleep(.5)
         twice.send_signal(signal.SIGINT)
         began = time.monotonic()
-        assert twice.wait(10) == 130
-        waited(lambda: not of_a_run(here / "a/run") and not of_a_run(here / "b/run"), 10)
-        assert time.monotonic() - began < 4
+        assert twice.wait(PATIENCE) == 130
+        waited(lambda: not of_a_run(here / "a/run") and not of_a_run(here / "b/run"))
+        assert time.monotonic() - began < 40
     assert status("a/run") == "interrupted"
 
 
@@ -438,17 +442,17 @@ def test_asked_to_end_while_it_starts(here):
         waited((here / "run/config.yaml").exists)
         time.sleep(.5)
         run.terminate()
-        _, errors = run.communicate(timeout=20)
+        _, errors = run.communicate(timeout=PATIENCE)
     assert run.returncode == 143 and "Traceback" not in errors
     assert status("run") == "interrupted"
-    waited(lambda: not of_a_run(here / "run"), 3)
+    waited(lambda: not of_a_run(here / "run"))
 
 
 @pytest.mark.parametrize("trick, named", [
     ("raise 1 3", "lbp: rank 1: ValueError: this rank's own trouble"),
     ("exit 0 3", "lbp: rank 0: ended with exit code 9"),
     ("slow 1 3", "lbp: rank 1: was killed by signal SIGKILL"),
-    ("hang 0 3", "lbp: rank 1: RankLost: rank 0 did not take part in an exchange: it ended, or hung for 4 s (launch.rank_timeout)"),
+    ("hang 0 3", "lbp: rank 1: RankLost: rank 0 did not take part in an exchange: it ended, or hung for 8 s (launch.rank_timeout)"),
 ])
 def test_a_rank_that_fails_ends_the_run_with_its_own_error(here, monkeypatch, capfd, trick, named):
     def kill():
@@ -458,8 +462,8 @@ def test_a_rank_that_fails_ends_the_run_with_its_own_error(here, monkeypatch, ca
     if trick.startswith("slow"):
         threading.Thread(target=kill, daemon=True).start()
     pid = here / f"pid{trick.split()[1]}"
-    assert command("train", *RUN, *TWO, "launch.rank_timeout=4", f"run.dir={here / 'run'}", "logger.wandb.mode=disabled") == 1
-    assert time.time() - pid.stat().st_mtime < 4 + 10
+    assert command("train", *RUN, *TWO, "launch.rank_timeout=8", f"run.dir={here / 'run'}", "logger.wandb.mode=disabled") == 1
+    assert time.time() - pid.stat().st_mtime < 8 + 60
     errors = capfd.readouterr().err
     assert named in errors and "Traceback" not in errors
     assert [line for line in errors.splitlines() if line.startswith("lbp: rank ")][0].startswith(named[:11])
@@ -490,17 +494,14 @@ def test_arrays_of_this_process_are_refused(here):
 
 def test_torchrun(here):
     """On two nodes, and with a mistake, both at once."""
-    words = ("-m", "lbp", "train", *RUN, "logger.wandb.mode=offline")
+    words = ("-m", "lbp", "train", *RUN, f"launch.rank_timeout={PATIENCE:g}", "logger.wandb.mode=offline")
     node = (*TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "two",
             "--rdzv-endpoint", f"localhost:{free_port()}")
     one = (*TORCHRUN, "--standalone", "--nproc-per-node", "2")
-    commands = [(*node, *words, "run.dir=run"), (*node, *words, "run.dir=run"), (*one, *words, "trainer.epohs=3", "run.dir=wrong")]
-    runs = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
-    try:
-        told = [run.communicate(timeout=60) for run in runs]
-    finally:
-        for run in runs:
-            run.kill()
+    with (begun((*node, *words, "run.dir=run")) as first, begun((*node, *words, "run.dir=run")) as second,
+          begun((*one, *words, "trainer.epohs=3", "run.dir=wrong")) as third):
+        runs = [first, second, third]
+        told = [run.communicate(timeout=PATIENCE) for run in runs]
     assert [bool(run.returncode) for run in runs] == [False, False, True], told
     errors = [line for line in told[2][1].splitlines() if line.startswith("lbp: ")]
     assert len(errors) == 1 and errors[0].startswith("lbp: rank 0: trainer.epohs=3: unknown key")

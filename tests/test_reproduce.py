@@ -9,6 +9,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE
 
 import lbp
 from lbp import cli, registry
@@ -336,7 +337,7 @@ def cpu_of(*argv):
     best = 9.0
     for _ in range(3):
         before = os.times()
-        done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, timeout=60, check=True,
+        done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, timeout=PATIENCE, check=True,
                               env=os.environ | {"PYTHONPATH": str(ROOT)})
         after = os.times()
         best = min(best, after.children_user + after.children_system - before.children_user - before.children_system)
@@ -360,7 +361,7 @@ def test_listing_is_quick(lab):
 def test_from_nothing_to_a_verdict(lab):
     lab.says(PUBLISHED.replace("tolerance: 0.1", "tolerance: 0.5").replace("1e-2", "0.9"))
     command = [sys.executable, "-m", "lbp", "reproduce", "tiny", lab.plugins, "trainer.threads=1", "logger.wandb.mode=disabled"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False,
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False,
                           env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

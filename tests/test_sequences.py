@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ALGOS, Log, changed, configuration, defaults, learned, stepper, task_of, tensors, train
+from conftest import ALGOS, PATIENCE, Log, changed, configuration, defaults, learned, stepper, task_of, tensors, train
 from test_contracts import two_steps
 from test_oracles import assert_same
 from torch import nn
@@ -509,6 +509,6 @@ def test_the_ngram_script_on_a_text_whose_answer_is_known(tmp_path):
     file = tmp_path / "abc.txt"
     file.write_text("abcd" * 2000)
     script = Path(__file__).parents[1] / "scripts/ngram.py"
-    done = subprocess.run([sys.executable, script, f"dataset.file={file}", "--json"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, script, f"dataset.file={file}", "--json"], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["test_bits_per_character"] < .05

@@ -396,7 +396,7 @@ def test_a_set_that_cannot_be_had(tmp_path, server, published, option, capsys, m
     start = time.monotonic()
     assert cli.main(["train", f"dataset={option}", "dataset.root=new", "run.dir=run",
                      "logger.wandb.mode=disabled"]) == 3
-    assert time.monotonic() - start < 10 and list(tmp_path.iterdir()) == []
+    assert time.monotonic() - start < 60 and list(tmp_path.iterdir()) == []
     said, = capsys.readouterr().err.strip().splitlines()
     first = next(iter(files)).rpartition("/")[2]
     for part in (f"dataset={option}", str(tmp_path / "new"), first, *map(md5, files.values()), server.url,

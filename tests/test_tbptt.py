@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, build, changed, defaults, dense, learned, make_task, step, stepper, tensors, unrolled
+from conftest import CLASSES, PATIENCE, build, changed, defaults, dense, learned, make_task, step, stepper, tensors, unrolled
 from test_contracts import poisoned
 from test_oracles import assert_same
 from torch import nn
@@ -429,7 +429,7 @@ def test_the_script(tmp_path):
     """Lengths 1 and 2 over two symbols: something is counted, solved, written and drawn."""
     done = subprocess.run([sys.executable, SCRIPT, "--seeds", "0", "--minutes", ".05", "--max-length", "2", "--span", "2", "--n", "600",
                            "--n-test", "100", "--out", tmp_path / "found", "--set", "dataset.symbols=2", "arch.width=16", "trainer.batch_size=20",
-                           "optimizer.lr=.01"], capture_output=True, text=True, timeout=300)
+                           "optimizer.lr=.01"], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     runs = json.loads((tmp_path / "found.json").read_text())["runs"]
     assert list(runs) == ["algo=tbptt", "algo=tbptt_dni"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from conftest import configuration
+from conftest import PATIENCE, configuration
 from lbp import knobs, registry
 from lbp.config import compose, dimension
 from lbp.errors import ConfigError
@@ -213,7 +213,7 @@ def test_two_processes_share_a_search_and_one_is_killed(trial, tmp_path):
         os.kill(int((tmp_path / "s" / run / "pid").read_text()), signal.SIGKILL)
     done = {run: (run / "metrics.jsonl").stat().st_mtime_ns for run in (tmp_path / "s").glob("00[123]-dfa")}
     both = [begin(trial, "resume", "s", "launch.slots=2", SLEEP="0.1"), begin(trial, *words, SLEEP="0.1")]
-    ended = [process.communicate(timeout=60) for process in both]
+    ended = [process.communicate(timeout=PATIENCE) for process in both]
     assert [process.returncode for process in both] == [0, 0], ended
     assert "locked" not in str(ended) and all((run / "metrics.jsonl").stat().st_mtime_ns == at for run, at in done.items())
     assert sorted(started.read_text().splitlines()) == sorted(
@@ -228,7 +228,7 @@ def test_a_stopped_search_leaves_its_trials_to_be_gone_on_with(trial, tmp_path):
         assert stopped.poll() is None
         time.sleep(0.02)
     stopped.send_signal(signal.SIGTERM)
-    out, err = stopped.communicate(timeout=30)
+    out, err = stopped.communicate(timeout=PATIENCE)
     assert stopped.returncode == 143 and "lbp resume s goes on" in err and of(tmp_path / "s")["completed"] == 1
     assert resume(tmp_path / "s", []) == 0 and of(tmp_path / "s")["completed"] == 3
     assert (tmp_path / "s/started").read_text().split("\n")[1:4] == ["train 002-dfa", "resume 002-dfa", "train 003-dfa"]

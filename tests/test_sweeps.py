@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,12 @@ from lbp import cli, registry
 from lbp.config import compose, grid
 from lbp.errors import ConfigError, DataError
 from lbp.launch import slots
+from lbp.launch.forks import Forks
 from lbp.launch.slots import Job
 from lbp.launch.sweep import Trial, identity, record, resume, sweep, trial_names
 
 ROOT = Path(lbp.__file__).parents[1]
+begin = Forks.begin
 QUICK = ("dataset=digits", "arch.widths=[16]", "trainer.epochs=1", "logger.wandb.mode=disabled", "trainer.device=cpu")
 
 
@@ -38,6 +41,7 @@ def elsewhere(tmp_path, monkeypatch):
 def trial(tmp_path, monkeypatch):
     stub = tmp_path / "python"
     stub.write_text("#!/bin/sh\n"
+                    "[ $2 = lbp ] || exit 1\n"     # no forks of it: each trial is started anew
                     "echo \"args $*\"\n"
                     "echo \"threads $LBP_THREADS gpus $CUDA_VISIBLE_DEVICES\"\n"
                     "case \"$*\" in *seed=1*) echo broken >&2; exit 4;; *seed=2*) kill -9 $$;; *seed=3*)\n"
@@ -107,6 +111,7 @@ def stand_in(tmp_path, monkeypatch):
     stub = tmp_path / "python"
     stub.write_text(textwrap.dedent("""\
         #!/bin/sh
+        [ $2 = lbp ] || exit 1      # no forks of it: each trial is started anew
         for word; do case "$word" in run.dir=*) run=${word#run.dir=};; resume) again=1;; esac; last=$word; done
         [ "$again" ] && run=$last; run=$(echo "$run" | tr -d "'")
         echo "$*" >> calls
@@ -272,6 +277,96 @@ def test_metrics_are_a_sign_of_life(tmp_path):
     assert one.ended == "" and one.seconds > 3.5
 
 
+@pytest.fixture
+def forks():
+    with closing(Forks()) as found:
+        yield found
+
+
+RULE = """
+from lbp.algos.baseline.bp import BP
+from lbp.algos.rule import Facts
+class Told(BP):
+    \"\"\"Backprop.\"\"\"
+    facts = Facts(family="baseline", paper="none", weight_transport=True, backward_locked=True, update_locked=True, needs_derivative=True)
+"""
+
+
+def plugin(name, rule, config):
+    """A package in the current folder that brings an algo of its own name."""
+    for folder in ("algos", "conf/algo"):
+        Path(name, folder).mkdir(parents=True)
+    Path(name, "__init__.py").touch()
+    Path(name, f"algos/{name}.py").write_text(rule)
+    Path(name, f"conf/algo/{name}.yaml").write_text(config)
+
+
+def ended(child):
+    """(what it has said since, its exit code)"""
+    with child.stdout as out:
+        text = out.read().decode()
+    until = time.monotonic() + PATIENCE
+    while (code := child.poll()) is None:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    return text, code
+
+
+def test_a_fork_is_as_a_process_started_anew(forks, tmp_path):
+    """Its folder, variables, words, streams, exit code and group; and of two none waits for the other."""
+    plugin("told", RULE + "import os, sys\nprint(sys.argv[1:], os.getcwd(), os.environ['LBP_THREADS'], os.getpgid(0) == os.getpid(), sys.stdin.read(), flush=True)\n"
+                   "if 'torch' in sys.modules: raise RuntimeError('in time')\n", "# Says how it was started\nname: told\n")
+    child = forks.begin(["train", "plugins=[told]", "algo=told"], {"LBP_THREADS": "3"})
+    other = forks.begin(["--version"], {})
+    assert child.pid != other.pid and ended(other) == (f"lbp {lbp.__version__}\n", 0)
+    text, code = ended(child)
+    said = text.splitlines()
+    assert code == 1 and said[0] == f"['train', 'plugins=[told]', 'algo=told'] {tmp_path} 3 True " and "RuntimeError: in time" in said[1]
+
+
+def test_what_kills_a_fork_or_what_it_is_forked_from(forks):
+    plugin("stuck", RULE.replace("Told", "Stuck") + "import time\nprint('here', flush=True)\ntime.sleep(600)\n", "# Does not come to an end\nname: stuck\n")
+    one, two = (forks.begin(["train", "plugins=[stuck]", "algo=stuck"], {}) for _ in range(2))
+    assert one.stdout.readline() == two.stdout.readline() == b"here\n"
+    one.send_signal(signal.SIGKILL)
+    assert ended(one) == ("", -signal.SIGKILL) and two.poll() is None
+    one.send_signal(signal.SIGKILL)     # to nobody
+    forks.server.kill()
+    forks.server.wait()
+    assert two.poll() == -signal.SIGKILL and ended(two) == ("", -signal.SIGKILL)
+    with pytest.raises(OSError):
+        forks.begin(["--version"], {})
+
+
+def test_a_job_starts_anew_where_there_is_nothing_to_fork(tmp_path, monkeypatch):
+    def job(name):
+        return Job(name, [sys.executable, "-m", "lbp", "--version"], tmp_path / name, tmp_path)
+
+    begun = []
+    monkeypatch.setattr(Forks, "begin", lambda self, words, variables: begun.append(words) or self.server.kill() or begin(self, words, variables))
+    assert [job.code for job in slots.run(iter([job("a"), job("b")]), 1, fork=True)] == [0, 0] and begun == [["--version"]] * 2
+    monkeypatch.setattr(slots, "gpus", lambda: ["0"])
+    monkeypatch.setattr(slots, "Forks", None)
+    assert [job.code for job in slots.run(iter([job("c")]), 1, fork=True)] == [0]
+    monkeypatch.setattr(slots, "gpus", list)
+    assert [job.code for job in slots.run(iter([job("d")]), 1, fork=False)] == [0]
+    assert len({(tmp_path / name).read_text() for name in "abcd"}) == 1
+
+
+def test_ctrl_c_while_there_is_nothing_to_fork_yet(tmp_path):
+    def enough(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, enough)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(slots.run(iter([Job("a", [sys.executable, "-m", "lbp", "--version"], tmp_path / "log", tmp_path)]), 1, fork=True))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert not (tmp_path / "log").exists()
+
+
 # ---- real trials
 
 SABOTAGE = """
@@ -305,16 +400,11 @@ class Sabotage(BP):
 
 
 def test_six_sabotaged_trials_leave_the_others_untouched(tmp_path, monkeypatch, capsys):
-    for folder in ("saboteur/algos", "saboteur/conf/algo"):
-        Path(folder).mkdir(parents=True)
-    Path("saboteur/__init__.py").touch()
-    Path("saboteur/algos/sabotage.py").write_text(SABOTAGE)
-    Path("saboteur/conf/algo/sabotage.yaml").write_text(
-        "# Backprop that meets with a fault\nname: sabotage\nhow: none    # none | raise | segfault | hang | memory | disk | infinite; which\n")
+    plugin("sabotage", SABOTAGE, "# Backprop that meets with a fault\nname: sabotage\nhow: none    # none | raise | segfault | hang | memory | disk | infinite; which\n")
     monkeypatch.setattr(slots, "GRACE", 0.5)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(tmp_path)]))
     monkeypatch.syspath_prepend(tmp_path)
-    words = ["plugins=[saboteur]", "algo=sabotage", *QUICK]
+    words = ["plugins=[sabotage]", "algo=sabotage", *QUICK]
     assert cli.main(["train", "-m", *words, "algo.how=hang,raise,segfault,memory,disk,infinite,none", "seed=0", "launch.slots=3", "launch.timeout=60",
                      "run.dir=s"]) == 1
     out, err = capsys.readouterr()

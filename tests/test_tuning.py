@@ -22,6 +22,8 @@ ROOT = Path(__file__).parents[1]
 # code), SLEEP how long each epoch takes; both may depend on the trial's number.
 STAND_IN = """#!{python} -S
 import json, math, os, signal, sys, time
+if sys.argv[2] != "lbp":    # no forks of it: each trial is started anew
+    sys.exit(1)
 verb, words = sys.argv[3], sys.argv[4:]
 if verb == "resume":
     folder = words[0]

@@ -99,7 +99,7 @@ def _plan(fixed: list[str], typed: dict[str, Dimension]) -> tuple[Plan, Config]:
     if config.values["launch"]["name"] in sweeps.ENGINES:
         problems.append(f"launch={config.values['launch']['name']}: a search runs on this machine; others may join it by "
                         "lbp resume FOLDER, where the disk is shared")
-    own = [word for word in fixed if _key(word) not in ("launch.slots", "launch.timeout", "run.dir", "run.name", "algo")]
+    own = [word for word in fixed if _key(word) not in ("launch.slots", "launch.timeout", "launch.fork", "run.dir", "run.name", "algo")]
     base = [f"algo={algo}", *own]
     keys = {_key(word) for word in fixed}
     declared = {key: dimension(f"{key}={text}") for key, text in registry.option("algo", algo).search.items() if key not in keys | set(typed)}
@@ -348,7 +348,7 @@ class Search:
         self._announce()
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) if threading.current_thread() is threading.main_thread() else None
         try:
-            for job in slots.run(self._jobs(), self.launch["slots"], self.launch["timeout"], watch=self._watch):
+            for job in slots.run(self._jobs(), self.launch["slots"], self.launch["timeout"], fork=self.launch["fork"], watch=self._watch):
                 self._settle(job.of, job)
         except (KeyboardInterrupt, SystemExit) as asked:
             stopped = 143 if isinstance(asked, SystemExit) else 130

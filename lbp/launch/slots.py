@@ -10,10 +10,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from lbp.launch.forks import Child, Forks
 
 GRACE = 30.0    # seconds from the word to end until it is made to: a checkpoint may be large
 LOOK = 0.05     # seconds between two looks
@@ -34,7 +36,7 @@ class Job:
     why: str = ""                       # we ended it, and why
     slot: int = 0
     told: float = 0.0                   # when it was told to end
-    _child: subprocess.Popen | None = field(default=None, repr=False)
+    _child: subprocess.Popen | Child | None = field(default=None, repr=False)
     _reader: threading.Thread | None = field(default=None, repr=False)
     _heard: float = 0.0
 
@@ -50,12 +52,16 @@ class Job:
             return self.why
         return "" if self.code == 0 else f"was killed by signal {-self.code}" if self.code < 0 else f"failed (exit code {self.code})"
 
-    def begin(self, slot: int, slots: int, show: bool) -> None:
+    def begin(self, slot: int, slots: int, show: bool, forks: Forks | None) -> None:
         self.slot, self.started = slot, time.time()
         self._heard = self.started
+        variables = {"PYTHONUNBUFFERED": "1"} | _share(slot, slots)
+        if forks and self.command[1:3] == ["-m", "lbp"]:
+            with suppress(OSError):
+                self._child = forks.begin(self.command[3:], variables)
         # a group of its own: the terminal's Ctrl-C reaches it once, through us
-        self._child = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                       process_group=0, env=os.environ | {"PYTHONUNBUFFERED": "1"} | _share(slot, slots))
+        self._child = self._child or subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                                      process_group=0, env=os.environ | variables)
         self._reader = threading.Thread(target=self._copy, args=(show,), daemon=True)
         self._reader.start()
 
@@ -95,14 +101,21 @@ class Job:
         return True
 
 
-def run(jobs: Iterator[Job | None], slots: int, timeout: float | None = None, show: bool = False,
+def run(jobs: Iterator[Job | None], slots: int, timeout: float | None = None, show: bool = False, fork: bool = False,
         watch: Callable[[Job], str] = lambda job: "") -> Iterator[Job]:
     """Runs the jobs, `slots` at a time, and gives each when it has ended. A job is asked for when a slot is free; None: there is none
     yet, ask again.
 
     One that shows no sign of life for `timeout` seconds is ended, and one of which `watch` says why. Ctrl-C and SystemExit are
-    passed on to those that run, and raised when they have ended; a second one ends them at once.
+    passed on to those that run, and raised when they have ended; a second one ends them at once. `fork`: commands of lbp are forked
+    from a process that has imported torch, where the system allows it.
     """
+    forks = Forks() if fork and sys.platform == "linux" and not gpus() else None    # no fork of what has looked for a GPU can use one
+    with closing(forks) if forks else nullcontext():
+        yield from _run(jobs, slots, timeout, show, watch, forks)
+
+
+def _run(jobs, slots, timeout, show, watch, forks) -> Iterator[Job]:
     running: list[Job] = []
     asked: BaseException | None = None
     more = True
@@ -114,7 +127,7 @@ def run(jobs: Iterator[Job | None], slots: int, timeout: float | None = None, sh
                     more = job is None
                     break
                 free = min(set(range(slots)) - {one.slot for one in running})
-                job.begin(free, slots, show)
+                job.begin(free, slots, show, forks)
                 running.append(job)
             if not running and (asked or not more):
                 break

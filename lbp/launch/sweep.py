@@ -157,14 +157,14 @@ def refuse_alone(config: Config) -> None:
     """Raises ConfigError where a single run is asked for by settings of a sweep."""
     launch = config.values["launch"]
     words = [f"launch={launch['name']}"] if launch["name"] in ENGINES else []
-    words += [word for word in config.typed if word.partition("=")[0].lstrip("+") in ("launch.slots", "launch.timeout")]
+    words += [word for word in config.typed if word.partition("=")[0].lstrip("+") in ("launch.slots", "launch.timeout", "launch.fork")]
     if words:
         raise ConfigError(*(f"{word}: is about the trials of a sweep; add -m, or leave it out" for word in words))
 
 
 def _own(launch: dict) -> set[str]:
     """The keys of launch that are the sweep's and not a run's."""
-    return set(launch) - set(OF_A_RUN) if launch["name"] in ENGINES else {"slots", "timeout"} | ({"name"} if launch["name"] == "default" else set())
+    return set(launch) - set(OF_A_RUN) if launch["name"] in ENGINES else {"slots", "timeout", "fork"} | ({"name"} if launch["name"] == "default" else set())
 
 
 def _of_sweep(trials: list[Config]) -> dict:
@@ -291,7 +291,7 @@ def _local(trials: list[Trial], launch: dict, numbers: dict[str, int] | None, co
                 yield trial.job()
 
     finished: list[Trial] = []
-    for job in slots.run(jobs(), launch["slots"], launch["timeout"], show=bool(numbers)):
+    for job in slots.run(jobs(), launch["slots"], launch["timeout"], bool(numbers), launch["fork"]):
         yield job.of, job.failed, job.ended, job.seconds
     for trial in finished:
         yield trial, 0, "", 0.0

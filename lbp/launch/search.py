@@ -8,10 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-import signal
-import sys
 import textwrap
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -344,24 +341,17 @@ class Search:
         self.mine: set[tuple[str, int]] = set()
 
     def run(self) -> int:
-        stopped = 0
         self._announce()
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) if threading.current_thread() is threading.main_thread() else None
-        try:
+        with slots.stoppable() as stopped:
             for job in slots.run(self._jobs(), self.launch["slots"], self.launch["timeout"], fork=self.launch["fork"], watch=self._watch):
                 self._settle(job.of, job)
-        except (KeyboardInterrupt, SystemExit) as asked:
-            stopped = 143 if isinstance(asked, SystemExit) else 130
-        finally:
-            if before is not None:
-                signal.signal(signal.SIGTERM, before)
         with _held(self.folder / ".conclusion"):    # of several processes the one that comes last has seen everything
             lines = conclude(self.folder, self.rules)
         for line in lines:
             say(line)
         if stopped:
             sweeps.warn(f"search stopped; lbp resume {self.folder} goes on")
-            return stopped
+            return stopped[0]
         for rule in self.rules:
             if not rule.best():
                 sweeps.warn(f"{rule.plan.algo}: no trial was completed" + (f"; {rule.vain}" if rule.vain else ""))

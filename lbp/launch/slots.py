@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,21 @@ def _run(jobs, slots, timeout, show, watch, forks) -> Iterator[Job]:
             raise
     if asked:
         raise asked
+
+
+@contextmanager
+def stoppable() -> Iterator[list[int]]:
+    """Within it SIGTERM raises SystemExit, which `run` passes on as it does Ctrl-C. Neither goes further: the list then holds the exit
+    code of a command so stopped."""
+    main, codes = threading.current_thread() is threading.main_thread(), []
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) if main else None
+    try:
+        yield codes
+    except (KeyboardInterrupt, SystemExit) as asked:
+        codes.append(143 if isinstance(asked, SystemExit) else 130)
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _share(slot: int, slots: int) -> dict[str, str]:

@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -239,9 +238,8 @@ def _run(folder: Path, trials: list[Trial], launch: dict, engine: str | None) ->
     say(f"sweep of {count} trials{how}: {folder}" + (f"; {count - len(left)} are done" if len(left) < count else ""))
     number = {trial.name: i for i, trial in enumerate(trials, 1)}
     failed: list[tuple[Trial, str]] = []
-    ended, stopped = 0, 0
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
+    ended = 0
+    with slots.stoppable() as stopped:
         if engine:
             from lbp.launch import clusters
 
@@ -256,13 +254,9 @@ def _run(folder: Path, trials: list[Trial], launch: dict, engine: str | None) ->
                 warn(f"trial {number[trial.name]}/{count} {'' if alone else trial.name + ' '}{how}; its log: {trial.log}")
             elif not alone:
                 say(f"trial {number[trial.name]}/{count} {trial.name}: {_result(trial.run)}, {seconds:.0f} s")
-    except (KeyboardInterrupt, SystemExit) as asked:
-        stopped = 143 if isinstance(asked, SystemExit) else 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
     if stopped:
         warn(f"sweep stopped, {len(left) - ended} trials not started; lbp resume {folder} goes on")
-        return stopped
+        return stopped[0]
     say(f"sweep: {count - len(failed)} of {count} trials done: {folder}")
     for line in _table(trials):
         say(line)

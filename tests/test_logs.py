@@ -155,7 +155,7 @@ def terminal(monkeypatch):
                 sys.stdout.close()
         with contextlib.suppress(OSError):
             stream.close()
-        reader.join(20)
+        reader.join(PATIENCE)
         return "".join(got)
 
     monkeypatch.setattr(live, "EVERY", 0.05)
@@ -503,10 +503,10 @@ def fails(fake):
 
 @pytest.mark.parametrize("how", ["raises", "hangs"])
 def test_an_online_start_that_fails_falls_back_to_offline(how, monkeypatch, capsys):
-    monkeypatch.setattr(view, "START", 0.3)
+    monkeypatch.setattr(view, "START", 2)
     def begin(fake):
         if fake.modes[-1] == "online":
-            fails(fake) if how == "raises" else time.sleep(20)
+            fails(fake) if how == "raises" else time.sleep(120)
     fake = Fake(monkeypatch, init=begin)
     folder = lbp.run(*QUICK, "logger.wandb.mode=online").folder
     out = capsys.readouterr().out
@@ -541,8 +541,8 @@ def test_online_says_where(monkeypatch, capsys):
 @pytest.mark.parametrize("call", ["log", "finish"])
 def test_a_call_that_hangs_holds_nobody_up(call, monkeypatch, capsys):
     monkeypatch.setattr(view, "FINISH", 0.3)
-    monkeypatch.setattr(view, "START", 0.3)
-    Fake(monkeypatch, **{call: lambda fake: time.sleep(20)})
+    monkeypatch.setattr(view, "START", 2)
+    Fake(monkeypatch, **{call: lambda fake: time.sleep(120)})
     before = time.monotonic()
     log = Wandb(SETTINGS, {}, OPTIONS, Path("there"), "id")
     for step in range(100):

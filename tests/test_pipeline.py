@@ -109,7 +109,7 @@ def fails(how):
                 if how == "exit":
                     os._exit(9)
                 if how == "hang":
-                    time.sleep(60)
+                    time.sleep(PATIENCE)
                 if how == "nan":
                     h = (h[0] * float("nan"),)
             return learn(name, h, y)
@@ -134,7 +134,7 @@ def as_a_rank(what, folder, rank, world, port):
                    "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "TORCHELASTIC_RESTART_COUNT": "0"}
     torch.set_num_threads(1)
     try:
-        ranks.join(3 if what in ("exit", "hang", "nan") else 30, False)
+        ranks.join(8 if what in ("exit", "hang", "nan") else 30, False)
         torch.save(WORK[what](folder), folder / f"{what}{rank}.pt")
     except BaseException:
         (folder / f"{what}{rank}.txt").write_text(traceback.format_exc())
@@ -212,7 +212,7 @@ def test_what_is_on_its_way_is_bounded(together):
 def test_a_stage_that_is_lost_ends_the_others(how, together):
     found, = [part for part in together[how] if part]
     assert found["error"] == "RankLost" and "rank 1 did not take part" in found["text"] and "launch.rank_timeout" in found["text"]
-    assert found["seconds"] < 3 + ranks.ROLL_CALL + 6
+    assert found["seconds"] < 8 + ranks.ROLL_CALL + 60
 
 
 def test_a_stage_that_diverges_says_so(together):

@@ -169,7 +169,7 @@ def together(tmp_path_factory):
         env=common | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
                       "MASTER_PORT": str(store.port)}) for world, store in stores.items() for r in range(world)]
     try:
-        told = [p.communicate(timeout=200)[0] for p in processes]    # every rule there is, on a machine that may be busy
+        told = [p.communicate(timeout=2 * PATIENCE)[0] for p in processes]    # every rule there is
     finally:
         for p in processes:
             p.kill()

@@ -20,6 +20,7 @@ import scipy.io
 import torch
 import yaml
 
+from conftest import PATIENCE
 from data_fixtures import idx_bytes
 from lbp import cli, registry
 from lbp.datasets import emnist, torchvision_set
@@ -377,7 +378,7 @@ def test_a_set_is_fetched_once_by_eight_that_want_it(tmp_path, server, published
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(PATIENCE)
     assert len(got) == 8 and all(same(g, arrays) for g in got)
     assert sorted(p for p in server.asked if "gone" not in p) == sorted(files)
     stored = sorted(p.name for p in tmp_path.rglob("*") if p.is_file())

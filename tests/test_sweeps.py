@@ -45,7 +45,7 @@ def trial(tmp_path, monkeypatch):
                     "echo \"args $*\"\n"
                     "echo \"threads $LBP_THREADS gpus $CUDA_VISIBLE_DEVICES\"\n"
                     "case \"$*\" in *seed=1*) echo broken >&2; exit 4;; *seed=2*) kill -9 $$;; *seed=3*)\n"
-                    "  trap 'echo checkpoint; exit 130' INT; trap 'echo checkpoint; exit 143' TERM; echo ready; sleep 9 & wait;; esac\n")
+                    "  trap 'echo checkpoint; exit 130' INT; trap 'echo checkpoint; exit 143' TERM; echo ready; sleep 99 & wait;; esac\n")
     stub.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(stub))
     return stub
@@ -120,7 +120,7 @@ def stand_in(tmp_path, monkeypatch):
           *seed-1*) kill -SEGV $$;;
           *seed-2*) [ "$again" ] || { touch "$run/checkpoints/last.pt"; exit 1; };;
           *seed-3*) trap '' TERM; while :; do sleep 0.1; done;;
-          *seed-4*) (setsid sleep 3 &) ;;
+          *seed-4*) (setsid sleep 30 &) ;;
         esac
         echo done > "$run/STATUS"
         """))
@@ -132,16 +132,16 @@ def stand_in(tmp_path, monkeypatch):
 def test_a_sweep_goes_on_with_what_is_not_done(stand_in, monkeypatch, capsys):
     """One is killed, one ends with a checkpoint, one hangs and does not hear; what left its trial's group does not hold it up."""
     monkeypatch.setattr(slots, "GRACE", 0.5)
-    assert swept("algo=bp", "seed=0,1,2,3,4", "launch.slots=3", "launch.timeout=1", "run.dir=s") == 1
+    assert swept("algo=bp", "seed=0,1,2,3,4", "launch.slots=3", "launch.timeout=3", "run.dir=s") == 1
     out, err = capsys.readouterr()
     assert len(stand_in()) == 5 and "3 at a time" in out
     for said in ("2-seed-1 was killed by signal 11; its log: s/2-seed-1.log", "3-seed-2 failed (exit code 1)",
-                 "4-seed-3 hung: no sign of life for 1 s (launch.timeout)", "lbp resume s "):
+                 "4-seed-3 hung: no sign of life for 3 s (launch.timeout)", "lbp resume s "):
         assert said in err
     assert err.index("trial 2/5 2-seed-1 was killed") < err.index("lbp: 2-seed-1 was killed")     # when it happens, and at the end
     assert [Path(f"s/{name}/STATUS").read_text().strip() for name in ("1-seed-0", "2-seed-1", "3-seed-2", "4-seed-3", "5-seed-4")] == \
         ["done", "failed", "failed", "failed", "done"]
-    assert cli.main(["resume", "s", "launch.slots=2", "launch.timeout=1"]) == 1
+    assert cli.main(["resume", "s", "launch.slots=2", "launch.timeout=3"]) == 1
     calls = stand_in()[5:]
     assert len(calls) == 3 and f"-m lbp resume s/3-seed-2" in calls                      # from its checkpoint
     assert sum("run.dir='s/2-seed-1-2'" in call or "run.dir='s/4-seed-3-2'" in call for call in calls) == 2   # nothing is overwritten

@@ -91,7 +91,7 @@ def slow_reader(folder):
             channel.ask()
             assert channel.take()[0].tolist() == [number] * 3
         times.append(time.monotonic())
-        time.sleep(0 if first else .05)
+        time.sleep(0 if first else .3)
     channel.settle()
     return times
 
@@ -134,7 +134,7 @@ def as_a_rank(what, folder, rank, world, port):
                    "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "TORCHELASTIC_RESTART_COUNT": "0"}
     torch.set_num_threads(1)
     try:
-        ranks.join(8 if what in ("exit", "hang", "nan") else 30, False)
+        ranks.join(8 if what in ("exit", "hang", "nan") else PATIENCE, False)
         torch.save(WORK[what](folder), folder / f"{what}{rank}.pt")
     except BaseException:
         (folder / f"{what}{rank}.txt").write_text(traceback.format_exc())

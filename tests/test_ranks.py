@@ -126,7 +126,7 @@ def as_a_rank(folder: Path) -> None:
     """What each process does. None leaves a group to join another: gloo was seen to hang in the second one."""
     number, world, found = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), {}
     own = folder / f"{world}{number}"
-    ranks.join(20, False)
+    ranks.join(PATIENCE, False)
     for name, case in (PAIR if world == 2 else TRIPLE).items():
         found[name] = outcome(case(), own)
     if world == 2:

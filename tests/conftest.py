@@ -44,6 +44,15 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """In an empty folder, in a terminal of any width, and without the plugins that a command named when it is over."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    yield
+    registry.use(())
+
+
 # ---- configuration
 
 def prefers(algo):

@@ -20,12 +20,7 @@ from lbp.launch.runs import find_run
 ROOT = Path(lbp.__file__).parents[1]
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("COLUMNS", raising=False)
-    yield
-    registry.use(())
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def command(*argv, env=None):

@@ -27,10 +27,7 @@ ROOT = Path(lbp.__file__).parents[1]
 BASH = shutil.which("bash")
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("COLUMNS", raising=False)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def make(name, algo="dfa", seed=0, accuracy=0.9, status="done", dataset="digits", arch="mlp", summary=None, **settings):

@@ -27,12 +27,7 @@ begin = Forks.begin
 QUICK = ("dataset=digits", "arch.widths=[16]", "trainer.epochs=1", "logger.wandb.mode=disabled", "trainer.device=cpu")
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("COLUMNS", raising=False)
-    yield
-    registry.use(())
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 # ---- with a stand-in for python that takes the trial's overrides

@@ -96,7 +96,8 @@ def _plan(fixed: list[str], typed: dict[str, Dimension]) -> tuple[Plan, Config]:
     if config.values["launch"]["name"] in sweeps.ENGINES:
         problems.append(f"launch={config.values['launch']['name']}: a search runs on this machine; others may join it by "
                         "lbp resume FOLDER, where the disk is shared")
-    own = [word for word in fixed if _key(word) not in ("launch.slots", "launch.timeout", "launch.fork", "run.dir", "run.name", "algo")]
+    how = {"run.dir", "run.name", "algo", *(f"launch.{key}" for key in sweeps.OF_A_SWEEP)}
+    own = [word for word in fixed if _key(word) not in how]
     base = [f"algo={algo}", *own]
     keys = {_key(word) for word in fixed}
     declared = {key: dimension(f"{key}={text}") for key, text in registry.option("algo", algo).search.items() if key not in keys | set(typed)}

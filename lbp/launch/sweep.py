@@ -25,7 +25,8 @@ from lbp.logs.console import say
 ENGINES = ("ray", "slurm")
 RECORD = "sweep.json"       # of a sweep's folder: its trials
 FILE = "base.yaml"          # in it: what --config named
-OF_A_RUN = ("ranks", "rank_timeout")
+OF_A_RUN = ("ranks", "rank_timeout")         # of the keys of launch; on a cluster all others are the sweep's
+OF_A_SWEEP = ("slots", "timeout", "fork")    # on one machine
 
 
 @dataclass
@@ -156,14 +157,14 @@ def refuse_alone(config: Config) -> None:
     """Raises ConfigError where a single run is asked for by settings of a sweep."""
     launch = config.values["launch"]
     words = [f"launch={launch['name']}"] if launch["name"] in ENGINES else []
-    words += [word for word in config.typed if word.partition("=")[0].lstrip("+") in ("launch.slots", "launch.timeout", "launch.fork")]
+    words += [word for word in config.typed if word.partition("=")[0].lstrip("+") in {f"launch.{key}" for key in OF_A_SWEEP}]
     if words:
         raise ConfigError(*(f"{word}: is about the trials of a sweep; add -m, or leave it out" for word in words))
 
 
 def _own(launch: dict) -> set[str]:
     """The keys of launch that are the sweep's and not a run's."""
-    return set(launch) - set(OF_A_RUN) if launch["name"] in ENGINES else {"slots", "timeout", "fork"} | ({"name"} if launch["name"] == "default" else set())
+    return set(launch) - set(OF_A_RUN) if launch["name"] in ENGINES else set(OF_A_SWEEP) | ({"name"} if launch["name"] == "default" else set())
 
 
 def _of_sweep(trials: list[Config]) -> dict:

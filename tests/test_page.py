@@ -13,7 +13,9 @@ import pytest
 
 from lbp import cli
 from lbp.report import compare, page, plots, runs
-from test_report import ROOT, elsewhere, make  # noqa: F401  the fixture: a folder of its own for each test
+from test_report import ROOT, make
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 STEPS = (1, 100, 200, 300)
 

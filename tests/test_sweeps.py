@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -264,6 +265,28 @@ def test_jobs_are_asked_for_as_slots_become_free(tmp_path):
 def test_a_job_that_is_watched_ends_when_it_is_said(tmp_path):
     one, = slots.run(iter([Job("a", ["sleep", "300"], tmp_path / "log", tmp_path)]), 1, watch=lambda job: "enough")
     assert one.ended == "enough" and one.code == -signal.SIGTERM and one.seconds < 60
+
+
+@pytest.mark.parametrize("again", (False, True))
+def test_ctrl_c_while_a_result_is_written_down(tmp_path, again):
+    """The others are told to end and waited for, with their checkpoints; told twice, they are killed."""
+    def script(name, text):
+        return Job(name, ["sh", "-c", text], tmp_path / "log", tmp_path)
+
+    meanwhile = f"touch {tmp_path}/told; while {str(again).lower()}; do sleep 0.1; done; touch {tmp_path}/saved"
+    slow = script("slow", f"trap '{meanwhile}; exit' TERM; touch {tmp_path}/ready; while :; do sleep 0.1; done")
+    quick = script("quick", f"until [ -e {tmp_path}/ready ]; do sleep 0.05; done")
+    if again:
+        def press():
+            while not (tmp_path / "told").exists():
+                time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGINT)
+        threading.Thread(target=press, daemon=True).start()
+    with slots.stoppable() as stopped, closing(slots.run(iter([slow, quick]), 2)) as ended:
+        for _ in ended:
+            raise KeyboardInterrupt
+    assert stopped == [130] and (tmp_path / "told").exists() and (tmp_path / "saved").exists() == (not again)
+    assert slow.over() and slow.code == (-signal.SIGKILL if again else 0)
 
 
 def test_metrics_are_a_sign_of_life(tmp_path):

@@ -10,7 +10,7 @@ import shlex
 import shutil
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -343,8 +343,9 @@ class Search:
 
     def run(self) -> int:
         self._announce()
-        with slots.stoppable() as stopped:
-            for job in slots.run(self._jobs(), self.launch["slots"], self.launch["timeout"], fork=self.launch["fork"], watch=self._watch):
+        ended = slots.run(self._jobs(), self.launch["slots"], self.launch["timeout"], fork=self.launch["fork"], watch=self._watch)
+        with slots.stoppable() as stopped, closing(ended):
+            for job in ended:
                 self._settle(job.of, job)
         with _held(self.folder / ".conclusion"):    # of several processes the one that comes last has seen everything
             lines = conclude(self.folder, self.rules)

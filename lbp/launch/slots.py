@@ -107,8 +107,9 @@ def run(jobs: Iterator[Job | None], slots: int, timeout: float | None = None, sh
     yet, ask again.
 
     One that shows no sign of life for `timeout` seconds is ended, and one of which `watch` says why. Ctrl-C and SystemExit are
-    passed on to those that run, and raised when they have ended; a second one ends them at once. `fork`: commands of lbp are forked
-    from a process that has imported torch, where the system allows it.
+    passed on to those that run, and raised when they have ended; a second one ends them at once. Closed before its end, it tells those
+    that run to end, and waits for them too. `fork`: commands of lbp are forked from a process that has imported torch, where the
+    system allows it.
     """
     forks = Forks() if fork and sys.platform == "linux" and not gpus() else None    # no fork of what has looked for a GPU can use one
     with closing(forks) if forks else nullcontext():
@@ -145,10 +146,17 @@ def _run(jobs, slots, timeout, show, watch, forks) -> Iterator[Job]:
             asked = asked or error
             for job in running:
                 job.end(signum=signal.SIGTERM if isinstance(error, SystemExit) else signal.SIGINT)
-        except GeneratorExit:
+        except GeneratorExit:       # whoever takes them was stopped, and takes no more
             for job in running:
                 job.end()
-                job.end()
+            try:
+                while running := [job for job in running if not job.over()]:
+                    time.sleep(LOOK)
+            finally:
+                for job in running:
+                    job.end()
+                    while not job.over():
+                        time.sleep(LOOK)
             raise
     if asked:
         raise asked

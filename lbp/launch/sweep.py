@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -240,13 +240,13 @@ def _run(folder: Path, trials: list[Trial], launch: dict, engine: str | None) ->
     number = {trial.name: i for i, trial in enumerate(trials, 1)}
     failed: list[tuple[Trial, str]] = []
     ended = 0
-    with slots.stoppable() as stopped:
-        if engine:
-            from lbp.launch import clusters
+    if engine:
+        from lbp.launch import clusters
 
-            events = clusters.run(engine, left, launch)
-        else:
-            events = _local(left, launch, number if alone else None, count)
+        events = clusters.run(engine, left, launch)
+    else:
+        events = _local(left, launch, number if alone else None, count)
+    with slots.stoppable() as stopped, closing(events):
         for trial, code, how, seconds in events:
             ended += 1
             trial.settle(code)
@@ -286,8 +286,9 @@ def _local(trials: list[Trial], launch: dict, numbers: dict[str, int] | None, co
                 yield trial.job()
 
     finished: list[Trial] = []
-    for job in slots.run(jobs(), launch["slots"], launch["timeout"], bool(numbers), launch["fork"]):
-        yield job.of, job.failed, job.ended, job.seconds
+    with closing(slots.run(jobs(), launch["slots"], launch["timeout"], bool(numbers), launch["fork"])) as ended:
+        for job in ended:
+            yield job.of, job.failed, job.ended, job.seconds
     for trial in finished:
         yield trial, 0, "", 0.0
 

@@ -158,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
         "go on with a run, a sweep or a search that was stopped",
         "RUN [key=value ...]",
         epilog="free to change: of a run trainer.epochs (more), max_minutes, patience, checkpoint_every, on_nonfinite; logger.*\n"
-        "of a sweep or a search launch.*; RUN is then its folder, or the start of its name",
+        "of a sweep or a search launch.slots, timeout, fork, of a sweep also launch=ray or slurm; RUN is then its folder, or the start of its name",
     )
     export = add(
         "export", "write the trained network, loadable without lbp", "RUN [--checkpoint WHICH] [--to PATH]"
@@ -546,6 +546,8 @@ def _compare(args, _) -> None:
     from lbp.report import compare, page
 
     found, _ = _compared(args)
+    if args.html:
+        page.check(Path(args.html))
     written = _written((args.csv, lambda: compare.as_csv(found)), (args.markdown, lambda: compare.as_markdown(found)),
                        (args.html, lambda: page.page(found, plots=False)))
     if not written:

@@ -158,6 +158,7 @@ def test_what_is_written_where(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert cli.main(["report", "--output", "third.html"]) == 2
     assert "pip install matplotlib" in capsys.readouterr().err and not Path("third.html").exists()
+    assert cli.main(["compare", "--html", str(named / "sweep.json")]) == 2 and "no page of lbp" in capsys.readouterr().err
     assert cli.main(["compare", "--html", "third.html"]) == 0 and "<svg" not in Path("third.html").read_text()
 
 
@@ -175,6 +176,14 @@ def test_the_table_the_controls_and_what_differs():
     assert re.search(r"optimizer\.lr\s+0\.25\s+0\.001\s+0\.001", plain)
     assert "name: <script>alert(1)</script>" in plain and "ValueError: <b>" in plain
     assert not re.search(r"<script|<link|<iframe|(src|href)=\"(?!data:)|https?://", text)
+
+
+def test_a_line_that_is_no_measurement_is_passed_over():
+    folder = make("101500-dfa-digits-s0-aaaaaa")
+    measured(folder, lambda step, i: {"bp_angle": 60.0 - i})
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "split": ["a"], "layers": {}}\n{"step": [1], "split": "val"}\n')
+    assert "bp_angle" in str(curves(str(folder)))
 
 
 def test_a_page_of_nothing_but_damage():

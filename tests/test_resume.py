@@ -29,9 +29,11 @@ from kill_test import STEPS, TINY, armed, fingerprint, sha
 import lbp
 from lbp import cli, interrupt, registry
 from lbp.algos.baseline.bp import BP
+from lbp.config import compose
 from lbp.datasets.data import Split
-from lbp.errors import DataError
+from lbp.errors import ConfigError, DataError
 from lbp.launch import folder as folders
+from lbp.launch.resume import prepare
 from lbp.logs.console import Console
 from lbp.training import checkpoint
 from lbp.training.checkpoint import Checkpoints, load, write
@@ -947,3 +949,12 @@ def test_a_warm_start_needs_its_source_no_more(moment, capsys):
     assert command("resume", "run") == 0, capsys.readouterr().err
     assert_same(fingerprint(Path("run")), fingerprint(Path("whole")))
     assert command("eval", "run") == 0
+
+
+def test_a_pipeline_goes_on_with_what_it_can(tmp_path):
+    """What stages would refuse is refused before anything of the run is touched."""
+    (tmp_path / "run").mkdir()
+    folders.text(tmp_path / "run/config.yaml", compose(["launch=pipeline", "algo=local"]).yaml())
+    with pytest.raises(ConfigError, match=r"trainer.on_nonfinite=skip: the run was trained with stop") as refused:
+        prepare(tmp_path / "run", ["trainer.on_nonfinite=skip"])
+    assert "free are trainer.epochs" in str(refused.value) and "checkpoint_every, launch" in str(refused.value)

@@ -84,7 +84,7 @@ def test_names_of_trials():
     assert len(trial_names([["run.name=" + "x" * 300], ["run.name=y"]])[0]) < 100
 
 
-@pytest.mark.parametrize("how, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("how, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_stopped_sweep_lets_its_trial_finish(trial, how, code, tmp_path):
     script = f"import sys; sys.executable = {str(trial)!r}\n" \
              "from lbp.config import grid\nfrom lbp.launch.sweep import sweep\nsys.exit(sweep(grid(['seed=3,0'])))"
@@ -98,7 +98,7 @@ def test_a_stopped_sweep_lets_its_trial_finish(trial, how, code, tmp_path):
         process.send_signal(how)
         out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == code, err
-    assert "checkpoint" in out and "1 trials not started" in err and "seed=0" not in out
+    assert "checkpoint" in out and "2 of 2 trials are not done" in err and "seed=0" not in out
 
 
 @pytest.fixture
@@ -163,6 +163,13 @@ def test_the_same_command_into_the_same_folder_does_what_is_missing(stand_in, ca
 def test_what_a_sweep_goes_on_with_is_its_own(stand_in, capsys):
     swept("seed=0,5", "run.dir=s")
     assert cli.main(["resume", "s", "seed=3"]) == 2 and "seed=3: a sweep goes on with its own trials" in capsys.readouterr().err
+    for words in (["launch.ranks=2"], ["launch=pipeline"]):
+        assert cli.main(["resume", "s", *words]) == 2 and f"{words[0]}: makes other runs of its trials" in capsys.readouterr().err
+    for i in range(2):
+        folder = Path(f"outputs/2026-11-30/17000{i}-sweep-aaaaaa")
+        folder.mkdir(parents=True)
+        (folder / "sweep.json").touch()
+    assert cli.main(["resume", "17"]) == 2 and "several begin so: " in capsys.readouterr().err
     with slots_held("s"):
         assert cli.main(["resume", "s"]) == 2 and "another process" in capsys.readouterr().err
     Path("s/sweep.json").write_text("{")

@@ -14,8 +14,8 @@ import yaml
 from conftest import PATIENCE, configuration
 from lbp import knobs, registry
 from lbp.config import compose, dimension
-from lbp.errors import ConfigError
-from lbp.launch.search import RESULT, plans, resume, search
+from lbp.errors import ConfigError, DataError
+from lbp.launch.search import RECORD, RESULT, _table, plans, resume, search
 
 ROOT = Path(__file__).parents[1]
 # In place of a trial: three epochs whose accuracy falls with the distance of optimizer.lr from 0.01. STUB says how it ends (an exit
@@ -168,6 +168,12 @@ def test_a_search_from_end_to_end(trial, tmp_path, monkeypatch, capsys):
         resume(folder, ["seed=2"])
 
 
+def test_the_best_rule_stands_first():
+    one = {"best": None, "standing": None, "trials": 1, "pruned": 0, "failed": 0, "minutes": 0.0}
+    found = {"fa": one | {"best": {"value": -0.1048}}, "lost": one, "bp": one | {"best": {"value": 0.2}}, "dfa": one | {"best": {"value": -0.0896}}}
+    assert [line.split()[0] for line in _table(found) if line.split()[0] in found] == ["bp", "dfa", "fa", "lost"]
+
+
 def test_rules_take_turns_and_get_the_same_budget(trial, tmp_path, capsys):
     assert tuned("algo=bp,dfa,elm", trials=3) == 0
     assert [line[10:] for line in (tmp_path / "s/started").read_text().splitlines()] == ["bp", "dfa", "elm"] * 3
@@ -193,6 +199,23 @@ def test_hopeless_trials_are_pruned(trial, tmp_path, monkeypatch, capsys):
 
 
 # ---- killed, and several at once: processes of their own
+
+def test_a_damaged_journal(trial, tmp_path):
+    """Half a line is what a full disk left, and is dropped; other damage is told, and what came of the search stays."""
+    assert search(["algo=dfa", "run.dir=s"], 3, None, "random", "median") == 0
+    journal = tmp_path / "s" / RECORD
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + b'{"op_code":6,"wor')
+    assert search(["algo=dfa", "run.dir=s"], 4, None, "random", "median") == 0 and journal.read_bytes().startswith(whole) and of(tmp_path / "s")["completed"] == 4
+    with pytest.raises(ConfigError, match="launch.ranks=2: a search goes on with its own settings; free are launch.slots"):
+        resume(tmp_path / "s", ["launch.ranks=2"])
+    found = (tmp_path / "s" / RESULT).read_text()
+    for damaged, said in ((whole + b"x\n", "damaged"), (b"x\n" + whole, "damaged"), (b"", "no search was begun")):
+        journal.write_bytes(damaged)
+        with pytest.raises(DataError, match=said):
+            resume(tmp_path / "s", [])
+        assert (tmp_path / "s" / RESULT).read_text() == found
+
 
 def begin(trial, *words, **environment):
     script = f"import sys\nsys.executable = {str(trial)!r}\nfrom lbp.launch import search\n" \

@@ -12,6 +12,7 @@ from lbp.errors import ConfigError
 from lbp.knobs import show
 from lbp.launch import folder as folders
 from lbp.logs.console import say
+from lbp.training import stages
 from lbp.training.checkpoint import Checkpoints
 
 BUDGET = ("trainer.epochs", "trainer.max_minutes", "trainer.patience")
@@ -30,10 +31,11 @@ def prepare(run: Path, overrides: list[str]) -> tuple[Config, int] | None:
     else:
         before = compose([], run / "config.yaml").values
     changed = {key: (old, new) for key, old, new in differences(before, config.values)}
+    free = [key for key in FREE if key != "trainer.on_nonfinite" or not stages.asked(before)]   # of a pipeline it has one value
     problems = [f"{key}={show(new)}: the run was trained with {show(old)}" for key, (old, new) in changed.items()
-                if key not in FREE and not key.startswith("logger.")]
+                if key not in free and not key.startswith("logger.")]
     if problems:
-        raise ConfigError(*problems, f"a run goes on with its own settings; free are {', '.join(FREE)}, logger.*; for another "
+        raise ConfigError(*problems, f"a run goes on with its own settings; free are {', '.join(free)}, logger.*; for another "
                           f"experiment use lbp rerun {run} KEY=VALUE, or lbp train run.init_from={run}")
     old, new = changed.get("trainer.epochs", (0, 0))
     if new < old:

@@ -6,6 +6,7 @@ What was asked and what came of it stand in the folder's journal, which any numb
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import textwrap
@@ -30,7 +31,6 @@ PLOT = "search.png"
 TRIALS = 30                 # a rule, where nothing is said of the budget
 METRICS = ("accuracy", "r2")
 ALIKE = ("dataset", "experiment", "seed", "plugins", "run", "launch", "logger")     # for all trials, or their values cannot be compared
-INTERRUPTED = (130, 143)
 
 
 @dataclass
@@ -228,21 +228,32 @@ def search(overrides: list[str], trials: int | None, minutes: float | None, samp
 
 def resume(folder: Path, overrides: list[str], debug: bool = False) -> int:
     """Goes on with a search up to its budget, or takes part in it. Overrides may say how (launch.*), not what."""
-    problems = [f"{word}: a search goes on with its own settings; free is launch.*; another budget: the same command again, with "
-                f"--trials and run.dir={folder}" for word in overrides if not word.startswith("launch.")]
+    free = [f"launch.{key}" for key in sweeps.OF_A_SWEEP]
+    problems = [f"{word}: a search goes on with its own settings; free are {', '.join(free)}; another budget: the same command again, "
+                f"with --trials and run.dir={folder}" for word in overrides if _key(word) not in free]
     if problems:
         raise ConfigError(*problems)
+    if not _studies(folder):
+        raise DataError(f"{folder / RECORD}: no search was begun in it; start one: lbp search algo=NAME run.dir={folder}")
     return Search(folder, compose(overrides).values["launch"], debug).run()
 
 
 def _storage(folder: Path):
+    from filelock import FileLock
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
+    path, lock = folder / RECORD, FileLock(folder / ".journal")
     try:
-        return JournalStorage(JournalFileBackend(str(folder / RECORD)))
+        with lock:      # nobody writes: a line without an end is what a full disk or a lost machine left
+            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+            if lines and not lines[-1].endswith(b"\n"):
+                os.truncate(path, sum(map(len, lines[:-1])))
+            elif lines:
+                json.loads(lines[-1])   # Optuna would only see it once another line follows
+        return JournalStorage(JournalFileBackend(str(path), lock))
     except (ValueError, KeyError, AssertionError) as error:
-        raise DataError(f"{folder / RECORD}: damaged ({error}); the trials that are there remain runs; start the search anew in "
+        raise DataError(f"{path}: damaged ({error}); the trials that are there remain runs; start the search anew in "
                         "another folder") from None
 
 
@@ -447,6 +458,7 @@ class Search:
         """Tells what became of a trial. One that was asked to end stays open: whoever goes on with the search goes on with it."""
         rule, trial, run = running.rule, running.trial, running.run
         seconds = (job.seconds if job else 0.0) + trial.user_attrs.get("seconds", 0.0)
+        seconds = max(seconds, _summary(run).get("wall_s", 0.0))    # what passed before a search was killed its run alone knows
         trial.set_user_attr("seconds", seconds)
         running.look()
         run.settle(job.code if job else 0)
@@ -460,7 +472,7 @@ class Search:
                 trial.set_user_attr(key, getattr(running, key))
             rule.study.tell(trial.number, value)
             say(f"{said}: {running.metric} {_figure(value)}, {seconds:.0f} s" + ("" if best and best.value >= value else ", the best so far"))
-        elif job and not job.why and (job.code in INTERRUPTED or job.told):
+        elif job and not job.why and (job.code in slots.INTERRUPTED or job.told):
             self.mine.discard((rule.plan.algo, trial.number))
         elif running.pruned or job and job.code == 4:
             trial.set_user_attr("ended", job.why if running.pruned else "diverged")
@@ -511,14 +523,17 @@ def _result(rule: Rule) -> dict[str, Any]:
               "values": [one.value if one.state.name == "COMPLETE" else None for one in trials], "importance": _importance(rule), "best": None}
     if best:
         run, metric = rule.run(best.number, best.params, False), best.user_attrs["metric"]
-        with suppress(OSError, ValueError):
-            summary = json.loads((run.run / "summary.json").read_text("utf-8"))
-            result["best"] = {"test": summary.get(f"best_test_{metric}")}
-        result["best"] = (result["best"] or {}) | {
-            "trial": best.number + 1, "run": str(run.run), "metric": metric, "value": best.value,
+        result["best"] = {
+            "trial": best.number + 1, "run": str(run.run), "metric": metric, "value": best.value, "test": _summary(run).get(f"best_test_{metric}"),
             "settings": {key: _text(value) for key, value in best.params.items()},
             "command": shlex.join(["lbp", "train", *rule.plan.words(best.params)])}
     return result
+
+
+def _summary(run: sweeps.Trial) -> dict[str, Any]:
+    with suppress(OSError, ValueError):
+        return json.loads((run.run / "summary.json").read_text("utf-8"))
+    return {}
 
 
 def _importance(rule: Rule) -> dict[str, float]:
@@ -541,11 +556,10 @@ def _table(found: dict[str, dict[str, Any]]) -> list[str]:
     columns = [Column("algo"), Column("validation"), Column("as it stands"), Column("test"), Column("trials", right=True),
                *(Column(name, minor=True, right=True) for name in ("pruned", "failed", "minutes")), Column("run", minor=True)]
     rows = []
-    for algo, one in found.items():
+    for algo, one in sorted(found.items(), key=lambda item: (item[1]["best"] or {}).get("value", float("-inf")), reverse=True):
         best = one["best"] or {}
         rows.append([algo, *(_figure(value) for value in (best.get("value"), one["standing"], best.get("test"))), str(one["trials"]),
                      str(one["pruned"]), str(one["failed"]), f"{one['minutes']:.1f}", Path(best.get("run", "")).name])
-    rows.sort(key=lambda row: row[1], reverse=True)
     width = shutil.get_terminal_size().columns
     lines = text(columns, rows, width)
     legend = "validation: of the best epoch of the best trial; as it stands: of the rule's own settings; test: at that epoch, of one seed"

@@ -19,6 +19,7 @@ from lbp.launch.forks import Child, Forks
 
 GRACE = 30.0    # seconds from the word to end until it is made to: a checkpoint may be large
 LOOK = 0.05     # seconds between two looks
+INTERRUPTED = (130, 143)    # the exit codes of what was asked to end
 
 
 @dataclass
@@ -50,6 +51,8 @@ class Job:
         """How it ended, as one says it of it; "" where it did what it should."""
         if self.why:
             return self.why
+        if self.code in INTERRUPTED:
+            return "was interrupted"
         return "" if self.code == 0 else f"was killed by signal {-self.code}" if self.code < 0 else f"failed (exit code {self.code})"
 
     def begin(self, slot: int, slots: int, show: bool, forks: Forks | None) -> None:
@@ -164,17 +167,20 @@ def _run(jobs, slots, timeout, show, watch, forks) -> Iterator[Job]:
 
 @contextmanager
 def stoppable() -> Iterator[list[int]]:
-    """Within it SIGTERM raises SystemExit, which `run` passes on as it does Ctrl-C. Neither goes further: the list then holds the exit
-    code of a command so stopped."""
+    """Within it SIGTERM, and SIGHUP of a terminal that is closed, raise SystemExit, which `run` passes on as it does Ctrl-C. None goes
+    further: the list then holds the exit code of a command so stopped."""
     main, codes = threading.current_thread() is threading.main_thread(), []
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) if main else None
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGHUP) if main}
+    for signum, handler in before.items():
+        if handler != signal.SIG_IGN:   # as under nohup
+            signal.signal(signum, lambda signum, _: sys.exit(128 + signum))
     try:
         yield codes
     except (KeyboardInterrupt, SystemExit) as asked:
-        codes.append(143 if isinstance(asked, SystemExit) else 130)
+        codes.append(asked.code if isinstance(asked, SystemExit) else 130)
     finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def _share(slot: int, slots: int) -> dict[str, str]:

@@ -27,6 +27,7 @@ RECORD = "sweep.json"       # of a sweep's folder: its trials
 FILE = "base.yaml"          # in it: what --config named
 OF_A_RUN = ("ranks", "rank_timeout")         # of the keys of launch; on a cluster all others are the sweep's
 OF_A_SWEEP = ("slots", "timeout", "fork")    # on one machine
+HOW = f"{', '.join(f'launch.{key}' for key in OF_A_SWEEP)}, launch={', launch='.join(ENGINES)} with its own keys"
 
 
 @dataclass
@@ -122,20 +123,24 @@ def sweep(trials: list[Config], file: Path | None = None, debug: bool = False) -
 
 def resume(folder: Path, overrides: list[str], debug: bool = False) -> int:
     """Goes on with a sweep: runs what of it is not done. Overrides may say how (launch.*), not what."""
-    problems = [f"{word}: a sweep goes on with its own trials; free is launch.*" for word in overrides if not word.startswith("launch")]
+    problems = [f"{word}: a sweep goes on with its own trials; free are {HOW}" for word in overrides if not word.startswith("launch")]
     if problems:
         raise ConfigError(*problems)
-    file = folder / FILE
-    trials = [compose([*one["overrides"], *overrides, f"run.dir={quoted(str(folder))}"], file if file.exists() else None) for one in record(folder)]
+    file, known = folder / FILE, record(folder)
+    trials = [compose([*one["overrides"], *overrides, f"run.dir={quoted(str(folder))}"], file if file.exists() else None) for one in known]
+    if overrides and any(identity(trial.values) != one["identity"] for trial, one in zip(trials, known)):
+        raise ConfigError(f"{' '.join(overrides)}: makes other runs of its trials, and a sweep goes on with its own; free are {HOW}")
     return sweep(trials, file if file.exists() else None, debug)
 
 
 def find_sweep(text: str, root: Path = Path("outputs"), record: str = RECORD) -> Path | None:
-    """The folder of a sweep: a path, or the start of its name."""
+    """The folder of a sweep: a path, or the start of its name. Raises ConfigError where several names begin so."""
     if text and (Path(text) / record).is_file():
         return Path(text)
     found = [path.parent for path in root.glob(f"*/*/{record}") if text and path.parent.name.startswith(text)]
-    return found[0] if len(found) == 1 else None
+    if len(found) > 1:
+        raise ConfigError(f"{text}: several begin so: {', '.join(map(str, sorted(found)))}; name one of them")
+    return found[0] if found else None
 
 
 def record(folder: Path) -> list[dict]:
@@ -239,7 +244,6 @@ def _run(folder: Path, trials: list[Trial], launch: dict, engine: str | None) ->
     say(f"sweep of {count} trials{how}: {folder}" + (f"; {count - len(left)} are done" if len(left) < count else ""))
     number = {trial.name: i for i, trial in enumerate(trials, 1)}
     failed: list[tuple[Trial, str]] = []
-    ended = 0
     if engine:
         from lbp.launch import clusters
 
@@ -248,7 +252,6 @@ def _run(folder: Path, trials: list[Trial], launch: dict, engine: str | None) ->
         events = _local(left, launch, number if alone else None, count)
     with slots.stoppable() as stopped, closing(events):
         for trial, code, how, seconds in events:
-            ended += 1
             trial.settle(code)
             if code:
                 failed.append((trial, how))
@@ -256,7 +259,9 @@ def _run(folder: Path, trials: list[Trial], launch: dict, engine: str | None) ->
             elif not alone:
                 say(f"trial {number[trial.name]}/{count} {trial.name}: {_result(trial.run)}, {seconds:.0f} s")
     if stopped:
-        warn(f"sweep stopped, {len(left) - ended} trials not started; lbp resume {folder} goes on")
+        for trial in left:      # of which nothing was told
+            trial.settle(stopped[0])
+        warn(f"sweep stopped, {sum(not trial.done for trial in trials)} of {count} trials are not done; lbp resume {folder} goes on")
         return stopped[0]
     say(f"sweep: {count - len(failed)} of {count} trials done: {folder}")
     for line in _table(trials):

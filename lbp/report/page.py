@@ -77,7 +77,7 @@ def check(path: Path) -> None:
                 return
     except OSError:  # not there; or writing says what is wrong
         return
-    raise ConfigError(f"{path}: is there already, and no page of lbp; name another file: --output FILE")
+    raise ConfigError(f"{path}: is there already, and no page of lbp; name another file")
 
 
 def page(found: Comparison, plots: bool = True) -> str:
@@ -172,7 +172,7 @@ def _measured(folder: Path) -> dict[tuple[str, str, str], dict[int, float]]:
     phase = ""
     for line in measurements(folder):
         split, step = line.get("split"), line.get("step")
-        if split not in SPLITS or not isinstance(step, int):
+        if not isinstance(split, str) or split not in SPLITS or not isinstance(step, int):
             continue
         if "phase" in line:
             phase = f"{PHASE}{line['phase']}"

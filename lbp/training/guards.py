@@ -50,7 +50,8 @@ def leave_out(error: Diverged, progress: Progress, split: Split, how: str, folde
             file.write(json.dumps({"step": state.step + 1, "epoch": state.epoch + 1, "problem": str(error),
                                    "samples": split.source[rows].tolist()}) + "\n")
     if how == "stop":
-        error.add_note("nonfinite.jsonl names the batch's samples; trainer.on_nonfinite=skip or restore goes on without such batches")
+        error.add_note("nonfinite.jsonl names the batch's samples" + (
+            "" if state.stages else "; trainer.on_nonfinite=skip or restore goes on without such batches"))
         raise error
     state.step, state.batch, state.nonfinite = state.step + 1, state.batch + 1, state.nonfinite + 1
     progress.warn("nonfinite", f"step {state.step}: {error}; such batches are left out (trainer.on_nonfinite={how})")

@@ -690,6 +690,7 @@ def _show_option(group: str, name: str, option: knobs.Option) -> None:
     if option.prefers:
         about += [("prefers", ", ".join(f"{key}={value}" for key, value in option.prefers.items()))]
     about += [("search", f"{key}={text}") for key, text in option.search.items()]
+    about += [("needs", f"algo.{other} for {key}") for key, other in option.needs.items()]
     width = min(_width(), 110)
     print(f"{group}={name}")
     for key, text in about:

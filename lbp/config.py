@@ -19,7 +19,8 @@ from lbp.errors import ConfigError
 from lbp.knobs import did_you_mean, nearest, show
 
 GRADUAL = tuple(f"trainer.{key}" for key in (
-    "epochs", "batch_size", "clip", "patience", "checkpoint_every", "on_nonfinite"))  # nothing to who solves
+    "epochs", "batch_size", "clip", "patience", "checkpoint_every", "on_nonfinite", "shuffle")) + tuple(f"dataset.{key}" for key in (
+    "augment", "start_length", "grow_every"))  # nothing to who solves
 MOST_TRIALS = 10_000  # of a sweep: each is validated before the first is started
 LONGEST = 1_000_000  # characters of a configuration file
 ABOUT_DATA = ("dataset", "arch")  # an algo's wishes for these hold for every option that has the knob
@@ -574,7 +575,7 @@ def _defaults(options: tuple[tuple[str, str], ...], of: tuple[registry.Root, ...
     values = copy.deepcopy(_composed(options, of))
     for group, name in options:
         inside = values.get(group) or {}
-        for about in ("prefers", "search"):
+        for about in knobs.ABOUT:
             inside.pop(about, None)
         values[group] = {"name": inside.pop("name", name), **inside}
     return values
@@ -625,17 +626,25 @@ def _check(config: Config, known: dict[str, knobs.Knob]) -> list[str]:
 
 
 def _refusals(config: Config, typed: list[Item], choices: dict[str, str]) -> list[str]:
-    """What an algo's facts rule out, without asking torch."""
-    algo = config.values["algo"]["name"]
-    if not registry.entry("algo", algo).facts.get("closed_form"):
-        return []
+    """What an algo would ignore, by its file and its facts, without asking torch."""
+    algo, needs = config.values["algo"], registry.option("algo", config.options["algo"]).needs
+    problems = []
+    for item in typed:
+        key = item.key.removeprefix("algo.")
+        of, _, values = needs.get(key, "").partition("=") if item.key.startswith("algo.") else ("", "", "")
+        if of and str(algo[of]) not in (use := values.split("|")) and algo[key] != registry.defaults("algo", config.options["algo"])[key]:
+            problems.append(f"{item}: algo.{of}={algo[of]} would ignore it; set algo.{of}={' or '.join(use)}, or leave it out")
+    if problems or not registry.entry("algo", algo["name"]).facts.get("closed_form"):
+        return problems
     vain = [
         str(i)
         for i in typed
         if i.key.partition(".")[0] in ("optimizer", "schedule") or i.key in GRADUAL
     ]
     vain += [f"{group}={choices[group]}" for group in ("optimizer", "schedule") if group in choices]
-    return [
+    if config.values["trainer"]["precision"] == "bf16":
+        problems.append(f"trainer.precision=bf16: algo={config.options['algo']} solves in closed form, which takes more digits; use fp32 or fp64")
+    return problems + [
         f"{text}: algo={config.options['algo']} solves in closed form and would ignore it; leave it out"
         for text in vain
     ]

@@ -24,8 +24,9 @@ class Knob(NamedTuple):
 
 
 class Option(NamedTuple):
-    """An option file: `knobs` by dotted key, what it `prefers` for other groups, and the values that a `search` of it tries by key of
-    the whole configuration, all as the file's own text."""
+    """An option file: `knobs` by dotted key, what it `prefers` for other groups, the values that a `search` of it tries by key of the
+    whole configuration, and what a knob `needs` to be of use, another's value: {"hidden": "synthesizer=mlp|conv"}; all as the file's
+    own text."""
 
     path: Path
     doc: str
@@ -34,8 +35,10 @@ class Option(NamedTuple):
     prefers: dict[str, str]
     defaults: list[str]
     search: dict[str, str]
+    needs: dict[str, str]
 
 
+ABOUT = ("prefers", "search", "needs")  # what of a file are no knobs
 _LINE = re.compile(r"( *)(?:- +)?([\w.-]+) *:(?: +(.*))?$")
 _TAIL = re.compile(
     r"""((?:[^"'#]|"[^"]*"|'[^']*'|(?<=\S)['"#])*)(?:#\s*(.*))?$"""
@@ -51,7 +54,7 @@ def read(path: Path, find: Callable[[str], Path] | None = None) -> Option:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
     doc, name, knobs, defaults = "", None, {}, []
-    about: dict[str, dict[str, str]] = {"prefers": {}, "search": {}}
+    about: dict[str, dict[str, str]] = {section: {} for section in ABOUT}
     while lines and (not lines[0].strip() or lines[0].startswith("#")):
         line = lines.pop(0)
         if line.startswith("#"):
@@ -106,18 +109,19 @@ def read(path: Path, find: Callable[[str], Path] | None = None) -> Option:
             knobs[dotted] = Knob(value or ("{...}" if heading else "null"), spec.strip(), text.strip())
     find = find or (lambda parent: Path(path).parent / f"{parent}.yaml")
     inherited = [read(find(p), find) for p in defaults if p != "_self_" and ":" not in p]
-    merged, wishes, space = {}, {}, {}
+    merged: dict[str, Knob] = {}
+    sections: dict[str, dict[str, str]] = {section: {} for section in ABOUT}
     for parent in inherited:
         merged |= parent.knobs
-        wishes |= parent.prefers
-        space |= parent.search
+        for section in ABOUT:
+            sections[section] |= getattr(parent, section)
         name = name or parent.name
         doc = doc or parent.doc
     for key, knob in knobs.items():
         if key in merged and not knob.spec:
             knob = merged[key]._replace(default=knob.default)
         merged[key] = knob
-    return Option(Path(path), doc.strip(), name, merged, wishes | about["prefers"], defaults, space | about["search"])
+    return Option(Path(path), doc.strip(), name, merged, defaults=defaults, **{section: sections[section] | about[section] for section in ABOUT})
 
 
 def _flow(text: str) -> dict[str, str]:

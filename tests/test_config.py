@@ -337,9 +337,26 @@ def test_experiments_are_validated_with_their_source(layered):
 
 
 @pytest.mark.parametrize("typed", ["optimizer.lr=1", "optimizer=sgd", "schedule=cosine", "trainer.epochs=3",
-                                   "schedule.warmup_epochs=1", "optimizer={lr: 1}"])
+                                   "schedule.warmup_epochs=1", "optimizer={lr: 1}", "trainer.shuffle=false", "trainer.precision=bf16"])
 def test_what_a_solver_would_ignore_is_refused(layered, typed):
     assert "closed form" in problems(layered, "algo=solver", typed)[0]
+
+
+@pytest.mark.parametrize("typed, said", [
+    (["algo=cdni", "algo.norm=batch"], "algo.norm=batch: algo.synthesizer=linear would ignore it; set algo.synthesizer=mlp or conv"),
+    (["algo=dni", "algo.synthesizer=mlp", "algo.kernel=3"], "set algo.synthesizer=conv, or leave it out"),
+    (["algo=tbptt", "algo.hidden=7"], "algo.synthesizer=none would ignore it; set algo.synthesizer=mlp or recurrent"),
+    (["algo=zorb", "algo.solver=exact", "algo.precision=fp32"], "set algo.solver=auto or gram"),
+    (["algo=zorb", "dataset=digits", "dataset.augment=[flip]"], "solves in closed form")])
+def test_what_another_knobs_value_makes_useless_is_refused(typed, said):
+    found, = problems(*typed)
+    assert said in found
+
+
+def test_what_is_of_use_or_as_it_stands_is_not_refused():
+    for typed in (["algo=dni", "algo.synthesizer=mlp", "algo.norm=batch"], ["algo=dni", "algo.norm=none", "algo.hidden=[256]"]):
+        assert compose(typed).values["algo"]["name"] == "dni"
+    assert "needs" not in compose(["algo=dni"]).values["algo"]
 
 
 # ---- wrong

@@ -218,6 +218,11 @@ def test_even_kernels_are_refused():
         ready(network=NETWORKS["stride, padding"](), synthesizer="conv", kernel=4)
 
 
+def test_batch_norm_in_a_synthesizer_couples_the_samples():
+    for knobs in ({}, {"synthesizer": "mlp"}, {"synthesizer": "mlp", "norm": "batch"}):
+        assert ready(**knobs)[0].facts.batch_coupled == (knobs.get("norm") == "batch")
+
+
 @pytest.mark.parametrize("knobs", [{"synthesizer": "mlp", "activation": "sigmoid"}, {"synthesizer": "mlp", "norm": "batch"},
                                    {"synthesizer": "conv", "norm": "batch", "kernel": 3}, {"inputs": True}], ids=str)
 @pytest.mark.parametrize("name", FAMILY)

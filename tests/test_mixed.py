@@ -183,7 +183,7 @@ def test_the_page_says_who_can_be_one_among_others(name):
     ({"blocks": {"fc1": {"scale": 2}}}, r"algo.blocks.fc1=\{scale: 2\}: must be a rule"),
     ({"blocks": {"fc1": 3}}, r"algo.blocks.fc1=3: must be a rule"),
     ({"blocks": {"fc1": {"name": "local", "schedule": "streaming"}}}, r"local for block fc1 steps blocks in the middle.*schedule: joint"),
-    ({"blocks": {"fc1": "mixed"}}, r"cannot be one of its own rules"),
+    ({"blocks": {"fc1": "mixed"}}, r"cannot be a part of it"),
     ({"blocks": {"fc1": "elm"}}, r"elm for block fc1 solves block head too"),
     ({"blocks": {}, "rest": "elm"}, r"algo.rest=elm is closed-form"),
 ], ids=str)

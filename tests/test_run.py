@@ -15,7 +15,7 @@ from conftest import PATIENCE
 from data_fixtures import write_mnist
 
 import lbp
-from lbp import registry
+from lbp import cli, registry
 from lbp.config import compose
 from lbp.errors import ConfigError, DataError, Diverged, Refused
 from lbp.launch.trained import evaluate_run, export_run
@@ -202,7 +202,23 @@ def test_compile_without_a_compiler_is_refused(monkeypatch):
 def test_early_stopping_and_time_budget():
     stopped = lbp.run(*QUICK, "algo=bp", "trainer.epochs=200", "trainer.patience=2", "optimizer.lr=0.01").summary
     assert stopped["epochs"] == stopped["best_epoch"] + 2 < 200
-    assert lbp.run(*QUICK, "algo=bp", "trainer.epochs=100000", "trainer.max_minutes=0.01").summary["train_s"] < 60
+
+
+@pytest.mark.parametrize("words, ended", [
+    ([*QUICK, "algo=bp", "trainer.epochs=100000"], ""), ([*QUICK, "algo=readout", "trainer.epochs=100000"], "; not begun: read-out"),
+    (["dataset=digits", "logger.wandb.mode=disabled", "algo=dzorb", "algo.sweeps=300", "arch.widths=[16,16]"], "; not begun: ")])
+def test_a_time_budget_says_what_it_left_out(words, ended, capsys):
+    run = lbp.run(*words, "trainer.max_minutes=0.005", "run.dir=run")
+    said, = [line["warning"] for line in lines(run.folder) if "are over" in line.get("warning", "")]
+    assert run.summary["train_s"] < 60 and said.startswith("trainer.max_minutes=0.005 are over: ended after ") and ended in said
+    capsys.readouterr()
+    assert cli.main(["resume", "run"]) == 0 and "trainer.max_minutes=N trains it for longer" in capsys.readouterr().out
+
+
+def test_what_is_solved_is_not_trained_for_longer(capsys):
+    lbp.run("dataset=digits", "algo=elm", "arch.widths=[16]", "run.dir=run", "logger.wandb.mode=disabled")
+    capsys.readouterr()
+    assert cli.main(["resume", "run"]) == 0 and capsys.readouterr().out == "run: done already, after 1 epochs\n"
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse", "bce"])

@@ -344,6 +344,7 @@ def test_refusals_of_rules_on_symbols():
         refuse_early({"algo": defaults("algo", "dtp"), "arch": defaults("arch", "lstm"), "dataset": {}})
     with pytest.raises(Refused, match="algo=dtp .*use arch=mlp$"):
         refuse_early({"algo": defaults("algo", "dtp"), "arch": defaults("arch", "resnet20"), "dataset": {}})
+    refuse_early({"algo": defaults("algo", "dni") | {"cuts": ["embed"]}, "arch": defaults("arch", "lstm"), "dataset": {}})    # of symbols alone
 
 
 @pytest.mark.parametrize("typed, code, says", [

@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Iterator
 
-from lbp import ranks
+from lbp import ranks, registry
 from lbp.config import Config, compose
 from lbp.errors import ConfigError
 from lbp.knobs import show
@@ -43,8 +43,7 @@ def prepare(run: Path, overrides: list[str]) -> tuple[Config, int] | None:
     if new > old and config.values["schedule"]["name"] != "constant":
         say(f"schedule={config.values['schedule']['name']} is from now on that of {new} epochs")
     if folders.status(run) == "done" and not set(changed) & set(BUDGET) and not damaged:  # what was damaged is trained again
-        say(f"{run}: done already, after {content['state']['epoch'] if content else 0} epochs; lbp resume {run} "
-            "trainer.epochs=N trains it for longer")
+        say(f"{run}: done already, after {content['state']['epoch'] if content else 0} epochs{_longer(run, config, content)}")
         return None
     world = len(content["ranks"]) if content else 0
     if world and ranks.expected() not in (1, world):
@@ -52,6 +51,15 @@ def prepare(run: Path, overrides: list[str]) -> tuple[Config, int] | None:
     written = folders.read(run)
     config = Config(config.values, written.options, written.typed, written.chosen, written.dropped)
     return config, world
+
+
+def _longer(run: Path, config: Config, content: dict[str, Any] | None) -> str:
+    """How to train on, if there is a way."""
+    minutes = config.values["trainer"]["max_minutes"]
+    late = bool(minutes and content) and content["state"]["wall_s"] > 60 * minutes
+    if not late and registry.entry("algo", config.values["algo"]["name"]).facts.get("closed_form"):
+        return ""
+    return f"; lbp resume {run} trainer.{'max_minutes' if late else 'epochs'}=N trains it for longer"
 
 
 def resume(run: Path, overrides: list[str]) -> tuple[Config, Path, None, int] | None:

@@ -74,12 +74,21 @@ class Loop:
                     error.add_note(f"at step {state.step + 1}, in epoch {state.epoch + 1}"
                                    + (f"; checkpoints/last.pt holds step {saved}" if saved is not None else ""))
                     raise
+        if self.progress.late:
+            self.progress.warn("late", self.ended())
         self.progress.tick()
         summary = summarise(self.experiment, state, self.folder)
         if not (self.metrics["test"] and state.epoch and not state.batch):  # else the last epoch wrote it
             self.log.write({"step": state.step, "epoch": state.epoch, "split": "test",
                             **{name: summary[f"test_{name}"] for name in ("loss", *self.task.metrics)}})
         return summary
+
+    def ended(self) -> str:
+        state, phase = self.state, self.phases[self.state.phase][0]
+        where = f"batch {state.batch} of epoch {state.epoch + 1}" if state.batch else f"epoch {state.epoch}"
+        left = [one.name for one, _ in self.phases[state.phase + (phase.fit is None) :]]
+        return (f"trainer.max_minutes={self.trainer['max_minutes']:g} are over: ended after {where}"
+                + (f"; not begun: {left[0]}" + f" and {len(left) - 1} more phases" * (len(left) > 1) if left else ""))
 
     def enough(self) -> bool:
         return self.progress.late or bool(self.trainer["patience"]) and self.state.without_gain >= self.trainer["patience"]
@@ -182,6 +191,8 @@ class Loop:
                     yield x, y
                 self.state.targets += len(x)    # to be seen on the way
 
+        if self.progress.ends_before(0):
+            return
         self.apply.still = None
         self.progress.save()
         counter = FlopCounterMode(display=False)

@@ -106,10 +106,8 @@ class Progress:
             if max(asked) or self.late or max(due):
                 self.lap()
                 self.save()
-        state, minutes = self.state, self.experiment.values["trainer"]["max_minutes"]
-        if self.late and state.targets:
-            state.train = state.means(self.experiment.data.task)
-            self.warn("late", f"trainer.max_minutes={minutes} are over: ended after batch {state.batch} of epoch {state.epoch + 1}")
+        if self.late and self.state.targets:
+            self.state.train = self.state.means(self.experiment.data.task)
         return self.late
 
     def content(self) -> dict[str, Any]:

@@ -70,12 +70,13 @@ def build(values: dict[str, Any], arrays: Arrays | None = None, begun: bool = Fa
 
 def refuse_early(values: dict[str, Any]) -> None:
     """Raises Refused, before data is loaded or fetched, where the rule takes this arch on no kind of data."""
-    first = None
-    for kind, shape in itertools.product(("classification", "regression"), ((3, 32, 32), (1, 28, 28), (64,))):
+    first, loss = None, values["dataset"].get("loss", "auto")
+    numbers = [(kind, shape, {}) for kind in ("classification", "regression") for shape in ((3, 32, 32), (1, 28, 28), (64,))]
+    symbols = [("classification", (16,), {"symbols": 10, "sequence": sequence}) for sequence in (False, True)]
+    for kind, shape, of in numbers + symbols:
         try:
-            loss = values["dataset"].get("loss", "auto")
             task = Task(kind, shape, 10, 10 if kind == "classification" else None,
-                        loss if loss != "auto" else "mse" if kind == "regression" else "cross_entropy")
+                        loss if loss != "auto" else "mse" if kind == "regression" else "cross_entropy", **of)
             network = build_arch(values["arch"], task)
         except ConfigError:
             continue  # not this arch's data

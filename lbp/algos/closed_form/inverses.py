@@ -111,7 +111,7 @@ class Weights(Stage):
         """The other way round. Raises Diverged before anything is written where a value is not finite."""
         weight, bias = rows[:-1].T.reshape(self.module.weight.shape).to(self.module.weight.dtype), rows[-1].to(self.module.weight.dtype)
         if not (weight.isfinite().all() and bias.isfinite().all()):
-            raise Diverged(f"block {self.block}: the solution is not finite, and nothing was written; raise algo.rcond or algo.ridge")
+            raise Diverged(f"block {self.block}: the solution is not finite, and nothing was written; raise algo.ridge")
         self.module.weight.copy_(weight)
         if self.module.bias is not None:
             self.module.bias.copy_(bias)

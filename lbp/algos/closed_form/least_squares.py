@@ -161,12 +161,13 @@ def ridge_solution(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
 
     gram (D+1, D+1), cross (D+1, C) -> (D+1, C), all double. Raises Diverged where that is singular or not finite.
     """
+    finite(gram, cross)
     diagonal = gram.new_full((len(gram),), ridge)
     diagonal[-1] = 0
     factor, info = torch.linalg.cholesky_ex(gram + diagonal.diag())
     solution = torch.cholesky_solve(cross, factor)
     if info or not solution.isfinite().all():
-        raise Diverged(f"the {len(gram) - 1} features are linearly dependent or not finite at algo.ridge={ridge}: "
+        raise Diverged(f"the {len(gram) - 1} features are linearly dependent at algo.ridge={ridge}: "
                        "raise algo.ridge")
     return solution
 
@@ -190,7 +191,7 @@ def penalty(squares: Tensor, ridge: float) -> Tensor:
 
 def finite(*sums: Tensor) -> None:
     if not all(t.isfinite().all() for t in sums):
-        raise Diverged("a layer's features or targets are not finite: nothing was written; look at the data, or raise algo.rcond")
+        raise Diverged("a layer's features or targets are not finite: nothing was written; look at the data and its scale (dataset.normalize), or raise algo.ridge")
 
 
 def truncated(gram: Tensor, cross: Tensor, rcond: float, eps: float = torch.finfo(torch.float64).eps) -> Solution:

@@ -12,7 +12,7 @@ from lbp.errors import Refused
 
 
 class Readout(LearningRule):
-    """Any other rule, and at its end the head solved by ridge regression on what the hidden blocks have become.
+    """Any other rule but mixed, and at its end the head solved by ridge regression on what the hidden blocks have become.
 
     head = argmin sum |phi(x) W^T + b - t|^2 / 2 + ridge/2 |W|^2, with one-hot targets for classes whatever the loss (Hoerl & Kennard
     1970). Until then the rule answers in its own way, afterwards the network. `algo=mixed` has it for a head beside rules of
@@ -28,7 +28,7 @@ class Readout(LearningRule):
         spec = {"name": rule} if isinstance(rule, str) else rule
         if not isinstance(spec.get("name"), str):
             raise Refused(f"algo.rule={rule}: must be a rule, or a map of its name and its knobs, as {{name: dfa, scale: 2}}")
-        self.rule, self.ridge = member(**spec, network=network, task=task), ridge
+        self.rule, self.ridge = member("readout", **spec, network=network, task=task), ridge
         if self.rule.facts.closed_form or isinstance(self.rule, Readout):
             raise Refused(f"algo=readout: {spec['name']} solves the head itself; use algo={spec['name']}, or another algo.rule")
         self.register_buffer("solved", torch.tensor(False))

@@ -67,15 +67,15 @@ def stages(network: Network, rule: str, variant: str = "numpy") -> list[Stage]:
                     or isinstance(module, nn.MaxPool2d) and module.dilation not in (1, (1, 1)):
                 raise refuse(block, f"has a {kind.__name__} of a kind that has no inverse map here; use arch=cnn")
             add(Pool(block, module, shape))
-        elif kind in (nn.ReLU, nn.Softmax, Argmax) or kind in ELEMENTWISE or isinstance(module, (Sign, Step, Argmax)):
+        elif kind in (nn.ReLU, nn.Softmax) or kind in ELEMENTWISE or isinstance(module, (Sign, Step, Argmax)):
             add(Activation(block, module, shape, variant))
         elif isinstance(module, nn.Dropout):
             raise refuse(block, "draws units, and nothing is drawn in solving; use arch.dropout=0")
         elif "Norm" in kind.__name__:
             raise refuse(block, f"has a {kind.__name__}, which forgets each sample's own scale; use arch.norm=none or arch.norm=batch")
         elif kind.__module__.startswith(("torch.nn.modules.activation", "lbp.archs.hard")):
-            raise refuse(block, f"has a {kind.__name__}, which has no inverse; set arch.activation to relu, leaky_relu, tanh, sigmoid, "
-                                "hardtanh, elu, softplus, softmax, sign, step or none")
+            raise refuse(block, f"has a {kind.__name__}, which has no inverse; use relu, leaky_relu, tanh, sigmoid, hardtanh, elu, softplus, "
+                                "sign, step or none")
         else:
             raise refuse(block, f"is or has a {kind.__name__}, whose inverse map is not known; {ops.elsewhere(network)}")
 

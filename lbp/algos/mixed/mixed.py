@@ -52,7 +52,7 @@ class Mixed(LearningRule):
                               "{name: dfa, scale: 2}")
             shares.setdefault(json.dumps(spec, sort_keys=True), set()).add(block)
         for text, own in shares.items():
-            part = Part(json.loads(text)["name"], member(**json.loads(text), network=network, task=task), own)
+            part = Part(json.loads(text)["name"], member("mixed", **json.loads(text), network=network, task=task), own)
             (self.solvers if part.rule.facts.closed_form else self.parts).append(part)
         if not self.parts or self.parts[0].name != rest:
             raise Refused(f"algo.rest={rest} is closed-form and would leave blocks untrained until the end; use a rule that learns "
@@ -155,18 +155,19 @@ class Mixed(LearningRule):
                           f"algo={part.name}")
 
 
-def member(name: str, network, task, **given) -> LearningRule:
-    """A rule by its option's name and knobs, with the option's defaults for the rest. The network is no part of its state."""
+def member(of: str, /, name: str, network, task, **given) -> LearningRule:
+    """A rule that is part of the rule `of`, by its option's name and knobs, with the option's defaults for the rest. The network is no part
+    of its state."""
     option = registry.option("algo", name)
     values = registry.defaults("algo", name)
     if registry.load("algo", values["name"]) is Mixed:
-        raise Refused("algo=mixed: it cannot be one of its own rules; give its blocks rules in algo.blocks")
+        raise Refused(f"algo={of}: algo=mixed cannot be a part of it; algo=mixed takes a rule for each block in algo.blocks, of the head elm too")
     problems = [f"algo={name} has no knob {knob}; it has: {', '.join(option.knobs) or 'none'}"
                 + knobs.did_you_mean(knobs.nearest(knob, option.knobs)) for knob in given if knob not in option.knobs]
     problems += [problem for knob, value in given.items() if knob in option.knobs
                  and (problem := knobs.check(f"{name}.{knob}", value, option.knobs[knob].spec))]
     if problems:
-        raise ConfigError(*(f"algo=mixed: {problem}" for problem in problems))
+        raise ConfigError(*(f"algo={of}: {problem}" for problem in problems))
     values |= {knob: knobs.coerce(value, option.knobs[knob].spec) for knob, value in given.items()}
     kind = registry.load("algo", values.pop("name"))
     rule = kind(network, replace(task, loss_name="mse", label_smoothing=0.0) if kind.facts.closed_form else task, **values)

@@ -87,7 +87,7 @@ class Loop:
         state, phase = self.state, self.phases[self.state.phase][0]
         where = f"batch {state.batch} of epoch {state.epoch + 1}" if state.batch else f"epoch {state.epoch}"
         left = [one.name for one, _ in self.phases[state.phase + (phase.fit is None) :]]
-        return (f"trainer.max_minutes={self.trainer['max_minutes']:g} are over: ended after {where}"
+        return (f"trainer.max_minutes={self.trainer['max_minutes']} are over: ended after {where}"
                 + (f"; not begun: {left[0]}" + f" and {len(left) - 1} more phases" * (len(left) > 1) if left else ""))
 
     def enough(self) -> bool:

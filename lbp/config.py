@@ -627,13 +627,8 @@ def _check(config: Config, known: dict[str, knobs.Knob]) -> list[str]:
 
 def _refusals(config: Config, typed: list[Item], choices: dict[str, str]) -> list[str]:
     """What an algo would ignore, by its file and its facts, without asking torch."""
-    algo, needs = config.values["algo"], registry.option("algo", config.options["algo"]).needs
-    problems = []
-    for item in typed:
-        key = item.key.removeprefix("algo.")
-        of, _, values = needs.get(key, "").partition("=") if item.key.startswith("algo.") else ("", "", "")
-        if of and str(algo[of]) not in (use := values.split("|")) and algo[key] != registry.defaults("algo", config.options["algo"])[key]:
-            problems.append(f"{item}: algo.{of}={algo[of]} would ignore it; set algo.{of}={' or '.join(use)}, or leave it out")
+    algo = config.values["algo"]
+    problems = knobs.useless("algo", registry.option("algo", config.options["algo"]), algo, registry.defaults("algo", config.options["algo"]))
     if problems or not registry.entry("algo", algo["name"]).facts.get("closed_form"):
         return problems
     vain = [

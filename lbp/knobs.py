@@ -124,6 +124,17 @@ def read(path: Path, find: Callable[[str], Path] | None = None) -> Option:
     return Option(Path(path), doc.strip(), name, merged, defaults=defaults, **{section: sections[section] | about[section] for section in ABOUT})
 
 
+def useless(of: str, option: Option, values: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
+    """What is wrong with an option's values of which others make no use, where they are not as they stand; `of` comes before each key."""
+    problems = []
+    for knob, need in option.needs.items():
+        other, _, allowed = need.partition("=")
+        if values[knob] != defaults[knob] and str(values[other]) not in allowed.split("|"):
+            problems.append(f"{of}.{knob}={show(values[knob])}: {of}.{other}={show(values[other])} would ignore it; "
+                            f"set {of}.{other}={allowed.replace('|', ' or ')}, or leave it out")
+    return problems
+
+
 def _flow(text: str) -> dict[str, str]:
     """{"a": "1", "b": "[1, 2]"} of "{a: 1, b: [1, 2]}"."""
     pairs = (x.partition(":") for x in _split(text.strip()[1:-1], ",") if ":" in x)

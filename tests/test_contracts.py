@@ -535,6 +535,11 @@ def small(arch, task, name, **knobs):
     return build_arch(config, task).to(task.dtype)
 
 
+def test_knobs_that_couple_the_samples():
+    for name, knobs in (("greedy", {"norm": "batch"}), ("forward_forward", {"peer": .03}), ("mixed", {"blocks": {"fc1": "predsim"}})):
+        assert not ready(name)[0].facts.batch_coupled and ready(name, **knobs)[0].facts.batch_coupled, name
+
+
 def two_steps(rule, x, y, bf16=False):
     """Two batches of each phase as the trainer runs them, measured; asserts that all stays finite and something moves."""
     apply, measure, before = stepper(rule, lr=.01), Measure(rule, rule.task), tensors(rule)

@@ -13,6 +13,7 @@ from torch import nn
 
 from lbp.algos.forward.cwc import class_goodness
 from lbp.algos.forward.forward_forward import MOMENTUM, drawn_but, unit_length, variance_of_means
+from lbp.archs.hard import Bernoulli
 from lbp.archs.network import Layer, Network
 from lbp.errors import Refused
 from lbp.metrics.measure import angle, products_of
@@ -345,8 +346,13 @@ def test_straight_through_lets_silent_units_learn():
     assert torch.equal(found[False]["loss"], found[True]["loss"])       # the outputs are the ReLU's
     silent = [found[through]["network.blocks.fc1.linear.weight"][0] for through in (False, True)]
     assert not silent[0].any() and silent[1].any()
-    with pytest.raises(Refused, match="straight_through=true .*block fc1 has Tanh; use arch.activation=relu"):
+    with pytest.raises(Refused, match="straight_through=true .*block fc1 has Tanh; give it relu"):
         build("forward_forward", dense(), task, straight_through=True)
+
+
+def test_pepita_compares_no_draws():
+    with pytest.raises(Refused, match="algo=pepita.*block fc1 would draw each anew; use arch.activation=step"):
+        build("pepita", dense(activation=Bernoulli), make_task())
 
 
 def test_forward_forward_variants_learn_together():

@@ -181,6 +181,7 @@ def test_the_page_says_who_can_be_one_among_others(name):
     ({"blocks": {"fc1": {"name": "dfa", "scael": 2}}}, r"algo=dfa has no knob scael.*did you mean scale"),
     ({"blocks": {"fc1": {"name": "dfa", "scale": -2}}}, r"dfa.scale=-2: must be"),
     ({"blocks": {"fc1": {"scale": 2}}}, r"algo.blocks.fc1=\{scale: 2\}: must be a rule"),
+    ({"blocks": {"fc1": {"name": "dni", "norm": "batch"}}}, r"dni.norm=batch: dni.synthesizer=linear would ignore it; set dni.synthesizer=mlp or conv"),
     ({"blocks": {"fc1": 3}}, r"algo.blocks.fc1=3: must be a rule"),
     ({"blocks": {"fc1": {"name": "local", "schedule": "streaming"}}}, r"local for block fc1 steps blocks in the middle.*schedule: joint"),
     ({"blocks": {"fc1": "mixed"}}, r"cannot be a part of it"),

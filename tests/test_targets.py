@@ -11,7 +11,7 @@ from test_oracles import assert_same, backprop
 from torch import nn
 
 from lbp.algos.targets.inverses import bring_down, walk
-from lbp.archs.network import Network
+from lbp.archs.network import ACTIVATIONS, Network
 from lbp.datasets.task import Task
 from lbp.errors import Diverged, Refused
 from lbp.metrics.measure import Measure, angle, products_of
@@ -292,7 +292,8 @@ def test_the_way_back_is_trained_so_many_times_a_batch(name, steps):
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_noise_is_neither_normalised_nor_dropped(name):
-    for network, knob in ((dense(norm=nn.BatchNorm1d), "arch.norm="), (dense(dropout=.3), "arch.dropout=")):
+    for network, knob in ((dense(norm=nn.BatchNorm1d), "arch.norm="), (dense(dropout=.3), "arch.dropout="),
+                          (dense(activation=ACTIVATIONS["bernoulli_ste"]), "would draw others for each; use arch.activation=step_ste")):
         with pytest.raises(Refused, match=f"algo={name} .*block fc1.*{knob}"):
             build(name, network, make_task())
 

@@ -99,6 +99,12 @@ def test_norms_and_dropout_are_refused_with_the_remedy(name, more, said):
         build(name, dense(**more), make_task())
 
 
+@pytest.mark.parametrize("name, knob", [("softhebb", "power"), ("scff", "penalty")])
+def test_an_empty_list_is_refused(name, knob):
+    with pytest.raises(Refused, match=rf"algo.{knob}=\[\]: needs a value at least"):
+        build(name, dense(), make_task(), **{knob: []})
+
+
 # ---- cafo
 
 def features_of(network, name, x):

@@ -11,11 +11,14 @@ from torch.overrides import TorchFunctionMode
 
 from lbp import ranks
 from lbp.algos.rule import Learned
+from lbp.archs.hard import Bernoulli
 from lbp.archs.init import draw
 from lbp.archs.network import CONVOLUTIONS, Layer, Network, block_of, hard_between
 from lbp.errors import Refused
 
 MLP, ANY_ARCH = "use arch=mlp", "use algo=dfa or algo=local, which train any arch"
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 BOUNDED = {nn.Tanh, nn.Sigmoid, nn.Hardtanh, nn.Softsign, nn.Softmax}
 
 # Another backward operator ---------------------------------------------------------------------------------------
@@ -299,6 +302,18 @@ def plain_layers(network: Network, rule: str, of: tuple[type, ...] = (nn.Linear,
     return network.hidden
 
 
+def unsteady(block: nn.Module) -> str:
+    """What in the block makes its output for a sample hang on other samples, or on chance: batch norm, dropout, draws (Bernoulli units); else ""."""
+    for module in block.modules():
+        if isinstance(module, BATCH_NORMS):
+            return "batch norm"
+        if isinstance(module, DROPOUTS) and module.p:
+            return "dropout"
+        if isinstance(module, Bernoulli):
+            return "draws"
+    return ""
+
+
 def bounded(network: Network, rule: str, why: str) -> None:
     """Raises Refused where a hidden block has an activation without bounds on both sides, or none at all. A block of another kind, as
     a recurrent one, may say itself that it is `bounded`."""
@@ -311,7 +326,7 @@ def bounded(network: Network, rule: str, why: str) -> None:
             found = ", ".join(sorted(kind.__name__ for kind in kinds)) or "none"
             raise Refused(f"{rule} needs bounded activations (tanh, sigmoid, hardtanh): block {name} has {found}, and {why} then drives "
                           "its units without end, which is no direction of descent; "
-                          + ("set arch.activation=tanh, or use arch=mlp with it" if plain else
+                          + ("give it tanh (by arch.activation, arch.dense_activation or arch.layers), or use arch=mlp with it" if plain else
                              elsewhere(network).replace(MLP, f"{MLP} with arch.activation=tanh")))
 
 

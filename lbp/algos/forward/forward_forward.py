@@ -20,10 +20,10 @@ class ForwardForward(LearningRule):
 
     The label is written one-hot into the first pixels. A layer's goodness is the sum of its squared activities; it is
     pushed above `threshold` a unit for true labels and below for false ones, by logistic regression (Hinton 2022).
-    The length of a layer's output is removed before the next layer sees it. The head is not used.
+    A layer's output is brought to a mean square of one before the next layer sees it. The head is not used.
 
     `predict=goodness`: a class is predicted by the goodness that its label brings, summed over all layers but the first.
-    `softmax`: in one pass, with the same value for every label, by a linear softmax on the layers' outputs of length one, all but the
+    `softmax`: in one pass, with the same value for every label, by a linear softmax on the layers' outputs, so scaled, all but the
     first's, that is trained alongside (group "heads"). `negatives=hard`: wrong labels are drawn as likely as the model itself
     takes them to be (by its prediction), `random`: all alike. `peer`: peer normalisation, a pull of each unit's mean activity on
     true samples (a running mean) towards that of its layer. `straight_through`: gradients pass the ReLU as if it were not there, so that silent units can learn.
@@ -43,12 +43,13 @@ class ForwardForward(LearningRule):
                               "use arch.norm=none")
             if straight_through and not isinstance(layer.activation, nn.ReLU):
                 raise Refused("algo=forward_forward with algo.straight_through=true passes gradients through a ReLU: "
-                              f"block {name} has {type(layer.activation).__name__}; use arch.activation=relu")
+                              f"block {name} has {type(layer.activation).__name__}; give it relu (by arch.activation, arch.dense_activation or arch.layers)")
         if torch.Size(task.in_shape).numel() < task.classes:
             raise Refused(f"algo=forward_forward writes the label into the first {task.classes} inputs; "
                           f"samples have {torch.Size(task.in_shape).numel()}")
         self.threshold, self.negatives, self.peer, self.straight_through = threshold, negatives, peer, straight_through
-        self.facts = replace(self.facts, update_locked=predict == "softmax" or negatives == "hard")    # a pass through all layers comes first
+        self.facts = replace(self.facts, update_locked=predict == "softmax" or negatives == "hard",    # a pass through all layers comes first
+                             batch_coupled=peer > 0)
         self.rng = Rng()
         self.counted = list(network.hidden)[1:] or list(network.hidden)
         self.readout = None

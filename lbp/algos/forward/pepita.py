@@ -87,6 +87,9 @@ def _check(network: Network, name: str, block: nn.Module) -> None:
     if norm:
         raise Refused(f"algo=pepita takes no norm (block {name} has {norm}): its weights learn from the difference of two "
                       "activities, which a norm would rescale sample by sample, and its gain would learn nothing; use arch.norm=none")
+    if ops.unsteady(block) == "draws":
+        raise Refused(f"algo=pepita: weights learn from the difference of two activities, and block {name} would draw each anew; "
+                      "use arch.activation=step")
     linear = getattr(block, "linear", None)
     if not isinstance(linear, (nn.Linear, *CONVOLUTIONS)) or not isinstance(block, Layer) and list(block.children()) != [linear]:
         raise Refused("algo=pepita needs plain layers (one Linear or convolution, activation, pool): "

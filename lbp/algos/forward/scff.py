@@ -25,7 +25,7 @@ class SCFF(LearningRule):
 
     facts = Facts(
         family="forward", paper="Chen, Liu, Laydevant & Grollier, Nature Communications 2025, arXiv 2409.11593",
-        weight_transport=False, backward_locked=False, update_locked=False, batch_coupled=True)
+        weight_transport=False, backward_locked=False, update_locked=False, needs_derivative=False, batch_coupled=True)
 
     def __init__(self, network, task, *, positive_threshold: list[float], negative_threshold: list[float], penalty: list[float],
                  pairs: list[bool], triangle: list[bool], schedule: str, feature_epochs: list[int], readout_features: int,
@@ -37,10 +37,11 @@ class SCFF(LearningRule):
         if len(shape) > 1:
             raise Refused(f"algo=scff contrasts whole samples, and block {last} answers for each token; {ops.elsewhere(network)}")
         names = list(network.hidden)
-        above, below = by_name(positive_threshold, names), by_name(negative_threshold, names)
+        above, below = by_name(positive_threshold, names, "positive_threshold"), by_name(negative_threshold, names, "negative_threshold")
         self.thresholds = {name: (above[name], below[name]) for name in names}
-        self.penalty, self.triangle, self.feature_epochs = (by_name(v, names) for v in (penalty, triangle, feature_epochs))
-        self.pairs = by_name(pairs, names) | {names[0]: True}
+        self.penalty, self.triangle = by_name(penalty, names, "penalty"), by_name(triangle, names, "triangle")
+        self.feature_epochs = by_name(feature_epochs, names, "feature_epochs")
+        self.pairs = by_name(pairs, names, "pairs") | {names[0]: True}
         self.schedule, self.readout_dropout, self.rng = schedule, readout_dropout, Rng()
         self.heads = nn.ModuleDict({
             name: pooled_readout(network.shapes[name], task.outputs, readout_features).to(weight.device, weight.dtype)

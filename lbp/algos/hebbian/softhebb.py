@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,14 +27,14 @@ class SoftHebb(LearningRule):
 
     facts = Facts(
         family="hebbian", paper="Journe et al., ICLR 2023, arXiv 2209.11883; Moraitis et al., Neuromorph. Comput. Eng. 2 (2022)",
-        weight_transport=False, backward_locked=False, update_locked=False, batch_coupled=True, in_place=True)
+        weight_transport=False, backward_locked=False, update_locked=False, needs_derivative=False, batch_coupled=True, in_place=True)
 
     def __init__(self, network, task, *, inverse_temperature: list[float], rates: list[float], rate_power: float,
                  power: list[float], standardise: str, feature_epochs: int, readout_norm: str, readout_dropout: float):
         super().__init__(network, task)
         plain_features(network, "softhebb", "it standardises each block's inputs itself")
-        values = (inverse_temperature, rates, power)
-        self.inverse_temperature, self.rates, self.power = (by_name(v, network.hidden) for v in values)
+        self.inverse_temperature = by_name(inverse_temperature, network.hidden, "inverse_temperature")
+        self.rates, self.power = by_name(rates, network.hidden, "rates"), by_name(power, network.hidden, "power")
         self.rate_power, self.feature_epochs = rate_power, feature_epochs
         self.readout_norm, self.readout_dropout = readout_norm, readout_dropout
         with torch.no_grad():    # it would be drawn as far from 0 as the hidden weights have to be
@@ -174,8 +177,10 @@ def along(values: Tensor, x: Tensor, axis: int) -> Tensor:
     return values.view([-1 if d == axis % x.dim() else 1 for d in range(x.dim())])
 
 
-def by_name(values: list[float], hidden: dict[str, nn.Module]) -> dict[str, float]:
-    """A value for each block; the last of the list is for all further ones."""
+def by_name(values: list, hidden: Iterable[str], knob: str) -> dict[str, Any]:
+    """A value for each block; the last of the list is for all further ones. Raises Refused for an empty list."""
+    if not values:
+        raise Refused(f"algo.{knob}=[]: needs a value at least, the last being for all further blocks")
     return {name: values[min(i, len(values) - 1)] for i, name in enumerate(hidden)}
 
 

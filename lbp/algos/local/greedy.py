@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -30,6 +31,7 @@ class Greedy(LearningRule):
 
     def __init__(self, network, task, *, schedule: str, k: int, side: int, norm: str, readout: str):
         super().__init__(network, task)
+        self.facts = replace(self.facts, batch_coupled=norm == "batch")
         self.schedule, self.readout = schedule, readout
         self.names = list(network.hidden)
         self.turn = -1  # whose turn it is, after which all below are frozen; -1: all at once

@@ -65,7 +65,7 @@ class Mixed(LearningRule):
             self.try_out(part)
         hidden = [part.rule.facts for part in self.parts if part.blocks & set(network.hidden)]
         said = {f.name: any(getattr(facts, f.name) for facts in hidden) for f in fields(Facts) if f.type == "bool"}
-        self.facts = replace(self.facts, **said | {"in_place": any(rule.facts.in_place for rule in self.rules)})
+        self.facts = replace(self.facts, **said | {key: any(getattr(rule.facts, key) for rule in self.rules) for key in ("in_place", "batch_coupled")})
 
     def groups(self):
         """Of the network what a block's owner moves, and all that belongs to the rules alone."""
@@ -166,9 +166,12 @@ def member(of: str, /, name: str, network, task, **given) -> LearningRule:
                 + knobs.did_you_mean(knobs.nearest(knob, option.knobs)) for knob in given if knob not in option.knobs]
     problems += [problem for knob, value in given.items() if knob in option.knobs
                  and (problem := knobs.check(f"{name}.{knob}", value, option.knobs[knob].spec))]
+    if not problems:
+        standing = dict(values)
+        values |= {knob: knobs.coerce(value, option.knobs[knob].spec) for knob, value in given.items()}
+        problems = knobs.useless(name, option, values, standing)
     if problems:
         raise ConfigError(*(f"algo={of}: {problem}" for problem in problems))
-    values |= {knob: knobs.coerce(value, option.knobs[knob].spec) for knob, value in given.items()}
     kind = registry.load("algo", values.pop("name"))
     rule = kind(network, replace(task, loss_name="mse", label_smoothing=0.0) if kind.facts.closed_form else task, **values)
     del rule.network

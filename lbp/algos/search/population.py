@@ -13,11 +13,9 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lbp.archs.hard import Bernoulli
+from lbp.algos import ops
 from lbp.archs.network import Network
 from lbp.errors import Refused
-
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 # Noise -----------------------------------------------------------------------------------------------------------
 
@@ -177,16 +175,14 @@ def es_gradient(noise: Tensor, scores: Tensor, std: float) -> Tensor:
 def refuse_what_members_share(network: Network, rule: str) -> None:
     """Raises Refused for blocks whose answer is not a function of genes and inputs alone."""
     for name, block in network.blocks.items():
-        for module in block.modules():
-            if isinstance(module, BATCH_NORMS):
-                raise Refused(f"algo={rule} runs many copies of the network, and block {name}'s batch norm would keep the statistics of "
-                              "none of them; use arch.norm=none or layer")
-            if isinstance(module, nn.Dropout) and module.p:
-                raise Refused(f"algo={rule} compares copies of the network by their losses, and block {name}'s dropout would decide which "
-                              "is better; use arch.dropout=0")
-            if isinstance(module, Bernoulli):
-                raise Refused(f"algo={rule} compares copies of the network by their losses, and what block {name} draws would decide which "
-                              "is better; use arch.activation=step")
+        if found := ops.unsteady(block):
+            raise Refused({
+                "batch norm": f"algo={rule} runs many copies of the network, and block {name}'s batch norm would keep the statistics of "
+                              "none of them; use arch.norm=none or layer",
+                "dropout": f"algo={rule} compares copies of the network by their losses, and block {name}'s dropout would decide which "
+                           "is better; use arch.dropout=0",
+                "draws": f"algo={rule} compares copies of the network by their losses, and what block {name} draws would decide which "
+                         "is better; use arch.activation=step"}[found])
 
 
 def genes(network: nn.Module) -> Tensor:

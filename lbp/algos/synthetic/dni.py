@@ -15,9 +15,6 @@ from lbp.archs.network import Network
 from lbp.errors import Refused
 
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-
 class DNI(LearningRule):
     """Decoupled neural interfaces: each block learns from a synthetic gradient, at once, and waits for no block above it.
 
@@ -65,7 +62,7 @@ class DNI(LearningRule):
             places = {cut: place._replace(hidden=hidden if synthesizer != "linear" else []) for cut, place in places.items()}
         self.inputs = nn.ModuleDict({cut: Inputs(network.in_shape, place) for cut, place in places.items() if inputs}
                                     ).to(weight.device, weight.dtype)
-        if any(isinstance(m, BATCH_NORMS) for m in [*self.synthesizers.modules(), *self.inputs.modules()]):
+        if any(isinstance(m, ops.BATCH_NORMS) for m in [*self.synthesizers.modules(), *self.inputs.modules()]):
             self.facts = replace(self.facts, batch_coupled=True)
 
     def groups(self):
@@ -159,6 +156,6 @@ def segments(blocks: list[str], cuts: str | int | list[str], rule: str) -> list[
 def no_batch_norm(network: Network, names: list[str], rule: str) -> None:
     """Raises Refused where statistics of synthetic inputs would be used on true ones at test time."""
     for name in names:
-        if any(isinstance(m, BATCH_NORMS) for m in network.blocks[name].modules()):
+        if any(isinstance(m, ops.BATCH_NORMS) for m in network.blocks[name].modules()):
             raise Refused(f"algo={rule} with algo.inputs=true: block {name} has batch norm, whose statistics would be those of synthetic "
                           "inputs, and the prediction is made from true ones; use arch.norm=layer or none, or another arch=")

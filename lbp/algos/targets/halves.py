@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from lbp.algos import ops
 from lbp.algos.forward.sigprop_parts import statistics_kept
-from lbp.archs.hard import Bernoulli
 from lbp.errors import Refused
 from lbp.knobs import check, coerce, did_you_mean, nearest
 
@@ -108,13 +107,10 @@ class Place:
 
     def steady(self, why: str) -> None:
         """Refuses blocks whose output for a sample depends on other samples, or on chance."""
-        for module in self.block.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                raise self.refuse(f"{why}, whose statistics would enter its batch norm; use arch.norm=none or layer")
-            if isinstance(module, nn.Dropout) and module.p:
-                raise self.refuse(f"{why}, of which dropout would drop other units each time; use arch.dropout=0")
-            if isinstance(module, Bernoulli):
-                raise self.refuse(f"{why}, for which its units would be drawn anew each time; use arch.activation=step")
+        if found := ops.unsteady(self.block):
+            raise self.refuse(why + {"batch norm": ", whose statistics would enter its batch norm; use arch.norm=none or layer",
+                                     "dropout": ", of which dropout would drop other units each time; use arch.dropout=0",
+                                     "draws": ", for which its units would be drawn anew each time; use arch.activation=step"}[found])
 
 
 class Half(nn.Module):

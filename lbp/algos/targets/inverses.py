@@ -13,22 +13,20 @@ from lbp.algos.rule import Phase
 from lbp.archs.network import Layer, Network
 from lbp.errors import Refused
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-
 # Inverses --------------------------------------------------------------------------------------------------------
 
 
 def no_noise_in(network: Network, rule: str) -> None:
-    """Raises Refused where a block would answer a noisy input otherwise than by the noise: batch norm, dropout."""
+    """Raises Refused where a block would answer a noisy input otherwise than by the noise."""
     for name, block in network.blocks.items():
-        for module in block.modules():
-            if isinstance(module, BATCH_NORMS):
-                raise Refused(f"algo={rule} runs a block on noisy inputs too, and block {name}'s batch norm would mix their "
-                              "statistics; use arch.norm=none or layer")
-            if isinstance(module, DROPOUTS) and module.p:
-                raise Refused(f"algo={rule} compares a block's outputs for two inputs, and block {name}'s dropout would drop "
-                              "other units for each; use arch.dropout=0")
+        if found := ops.unsteady(block):
+            raise Refused({
+                "batch norm": f"algo={rule} runs a block on noisy inputs too, and block {name}'s batch norm would mix their "
+                              "statistics; use arch.norm=none or layer",
+                "dropout": f"algo={rule} compares a block's outputs for two inputs, and block {name}'s dropout would drop "
+                           "other units for each; use arch.dropout=0",
+                "draws": f"algo={rule} compares a block's outputs for two inputs, and block {name} would draw others for each; "
+                         "use arch.activation=step_ste"}[found])
 
 
 def inverses(network: Network, rule: str, chain: list[str], activation: str = "none", bias: bool = False) -> nn.ModuleDict:

@@ -181,4 +181,4 @@ def refuse_without_derivative(network, theta: nn.ModuleDict, x: nn.ModuleDict) -
                        if stopped and name in found and found[name].needs_derivative]
             if needing:
                 raise Refused(f"algo=machines: block {name} has no derivative, which its halves {', '.join(needing)} need; choose others, such as "
-                              f"algo.blocks.{name}={{theta: genetic, x: hill_climb}}, or another arch=")
+                              f"algo.blocks.{name}={{theta: genetic{', x: hill_climb' * (name in x)}}}, or another arch=")

@@ -25,7 +25,7 @@ def run(*overrides: str, dataset: tuple | None = None) -> Result:
     if dataset is not None and any(text.split("=")[0] == "dataset" for text in typed):
         raise ConfigError("dataset=: given twice, by name and as arrays; give one")
     config = compose(["dataset=files", "dataset.file=arrays", *typed] if dataset is not None else typed)
-    if not any(text.startswith("logger.wandb.mode=") for text in typed):
+    if not any(text.startswith(("logger.wandb.mode=", "logger.wandb=")) and "mode" in text for text in typed):
         config.values["logger"]["wandb"]["mode"] = "disabled"
     return run_config(config, None if dataset is None else Arrays.of(*dataset))
 

@@ -499,7 +499,11 @@ def _sync(args, _) -> None:
     from lbp.launch.runs import find_run
 
     runs = [find_run(run) for run in args.runs]
+    from lbp.config import wandb_project
     from lbp.launch.sync import sync
+
+    if problem := wandb_project(args.project or ""):
+        raise ConfigError(f"--project {problem}")
 
     for run in runs:
         sync(run, args.project, "offline" if args.offline else "auto")
@@ -580,13 +584,21 @@ def _compared(args) -> tuple:
 
 def _written(*wanted) -> bool:
     """Writes each content to the file asked for, if any; whether one went to stdout, which is no place for more then."""
+    from lbp.launch import folder as folders
+
     for path, content in wanted:
         if path == "-":
             print(content(), end="")
         elif path:
+            there, text = Path(path), content()
             try:
-                Path(path).write_text(content(), encoding="utf-8")
+                if there.is_file() or not there.exists():
+                    folders.text(there, text)
+                else:       # a pipe, a device
+                    there.write_text(text, encoding="utf-8")
             except OSError as error:
+                if out_of_resources(error):
+                    raise
                 raise ConfigError(f"{path}: cannot be written ({error.strerror}); name another file") from None
     return any(path == "-" for path, _ in wanted)
 

@@ -622,6 +622,8 @@ def _check(config: Config, known: dict[str, knobs.Knob]) -> list[str]:
         problems.append(f"run.dir={folder!r}: cannot be a folder")
     elif folder is not None and folder.startswith("~"):
         problems.append(f"run.dir={folder}: a folder named ~ is nobody's wish; write the home folder out")
+    if problem := wandb_project(config.values["logger"]["wandb"]["project"]):
+        problems.append(f"logger.wandb.project={problem}")
     return problems
 
 
@@ -629,20 +631,28 @@ def _refusals(config: Config, typed: list[Item], choices: dict[str, str]) -> lis
     """What an algo would ignore, by its file and its facts, without asking torch."""
     algo = config.values["algo"]
     problems = knobs.useless("algo", registry.option("algo", config.options["algo"]), algo, registry.defaults("algo", config.options["algo"]))
-    if problems or not registry.entry("algo", algo["name"]).facts.get("closed_form"):
+    facts = registry.entry("algo", algo["name"]).facts
+    solves, optimized = facts.get("closed_form"), facts.get("optimized", True)
+    if problems or optimized and not solves:
         return problems
     vain = [
         str(i)
         for i in typed
-        if i.key.partition(".")[0] in ("optimizer", "schedule") or i.key in GRADUAL
+        if i.key.partition(".")[0] in ("optimizer", "schedule") or i.key in (GRADUAL if solves else ("trainer.clip",))
     ]
     vain += [f"{group}={choices[group]}" for group in ("optimizer", "schedule") if group in choices]
-    if config.values["trainer"]["precision"] == "bf16":
+    if solves and config.values["trainer"]["precision"] == "bf16":
         problems.append(f"trainer.precision=bf16: algo={config.options['algo']} solves in closed form, which takes more digits; use fp32 or fp64")
     return problems + [
-        f"{text}: algo={config.options['algo']} solves in closed form and would ignore it; leave it out"
+        f"{text}: algo={config.options['algo']} {'solves in closed form' if solves else 'has nothing that an optimizer steps'} "
+        "and would ignore it; leave it out"
         for text in vain
     ]
+
+
+def wandb_project(name: str) -> str:
+    """What is wrong with the name of a W&B project; "" if nothing."""
+    return f"{name}: must have no / \\ # ? % : in it, and at most 128 characters" if re.search(r"[/\\#?%:]", name) or len(name) > 128 else ""
 
 
 def slug(text: str, longest: int = 60) -> str:

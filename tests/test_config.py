@@ -347,7 +347,9 @@ def test_what_a_solver_would_ignore_is_refused(layered, typed):
     (["algo=dni", "algo.synthesizer=mlp", "algo.kernel=3"], "set algo.synthesizer=conv, or leave it out"),
     (["algo=tbptt", "algo.hidden=7"], "algo.synthesizer=none would ignore it; set algo.synthesizer=mlp or recurrent"),
     (["algo=zorb", "algo.solver=exact", "algo.precision=fp32"], "set algo.solver=auto or gram"),
-    (["algo=zorb", "dataset=digits", "dataset.augment=[flip]"], "solves in closed form")])
+    (["algo=zorb", "dataset=digits", "dataset.augment=[flip]"], "solves in closed form"),
+    (["algo=genetic", "optimizer.lr=0.5"], "has nothing that an optimizer steps"), (["algo=genetic", "schedule=cosine"], "has nothing that"),
+    (["logger.wandb.project='a/b'"], "logger.wandb.project=a/b: must have no /")])
 def test_what_another_knobs_value_makes_useless_is_refused(typed, said):
     found, = problems(*typed)
     assert said in found

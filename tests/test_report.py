@@ -303,6 +303,19 @@ def test_tables_keep_to_the_width(columns, capsys, monkeypatch):
         assert any("0.7000" in line for line in table)
 
 
+def test_a_table_is_written_whole_or_not_at_all(capsys, monkeypatch):
+    make("101500-whole")
+    Path("table.csv").write_text("earlier")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", full)
+        assert cli.main(["compare", "--csv", "table.csv"]) == 5 and "the disk is full" in capsys.readouterr().err
+    assert Path("table.csv").read_text() == "earlier"
+    assert cli.main(["compare", "--csv", "table.csv"]) == 0 and Path("table.csv").read_text().startswith("algo,")
+
+
 def test_a_table_is_never_wider_than_it_may():
     columns = [tables.Column("a"), tables.Column("b", minor=True), tables.Column("c", right=True)]
     rows = [["x" * 10, "y z " * 10, "1"], ["x", "", "22"]]

@@ -802,8 +802,8 @@ def test_free_settings_pass(run, reference):
 # fault 12
 @pytest.mark.parametrize("algo", [a for a in CLASSES if a not in SOLVERS])
 def test_a_finished_run_says_so_or_goes_on(algo, reference, capsys):
-    constant = "schedule=constant"      # others hang on the number of epochs
-    assert train(algo, constant) == 0
+    constant = ["schedule=constant"] if registry.entry("algo", registry.option("algo", algo).name).facts["optimized"] else []     # others hang on the number of epochs
+    assert train(algo, *constant) == 0
     before = {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file() and p.name != ".lock"}
     capsys.readouterr()
     assert command("resume", "run") == 0 and command("resume", "run", "logger.console=off") == 0
@@ -812,9 +812,10 @@ def test_a_finished_run_says_so_or_goes_on(algo, reference, capsys):
     assert command("resume", "run", "trainer.epochs=1") == 2
     if algo in ("greedy", "readout"):    # whose first stages are over, after trainer.epochs each
         assert command("resume", "run", "trainer.epochs=3") == 2 and "trainer.epochs=3: " in capsys.readouterr().err
+        assert before == {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file() and p.name != ".lock"}
         return
     assert command("resume", "run", "trainer.epochs=3") == 0
-    wanted, found = reference(algo, constant, "trainer.epochs=3"), fingerprint(Path("run"))
+    wanted, found = reference(algo, *constant, "trainer.epochs=3"), fingerprint(Path("run"))
     assert_same(found, wanted, ("rule", "optimizer", "generators", "best", "twice"))
     last = wanted["lines"][-1]
     assert found["lines"][-1] == last and found["summary"]["test_loss"] == wanted["summary"]["test_loss"]
@@ -958,3 +959,48 @@ def test_a_pipeline_goes_on_with_what_it_can(tmp_path):
     with pytest.raises(ConfigError, match=r"trainer.on_nonfinite=skip: the run was trained with stop") as refused:
         prepare(tmp_path / "run", ["trainer.on_nonfinite=skip"])
     assert "free are trainer.epochs" in str(refused.value) and "checkpoint_every, launch" in str(refused.value)
+
+
+def files_of(folder):
+    return {name: (folder / name).read_bytes() for name in ("config.yaml", "meta.json", "summary.json", "STATUS", "metrics.jsonl", "log.txt")}
+
+
+def test_what_is_refused_leaves_a_run_as_it_was(tmp_path, capsys):
+    """Settings that it cannot go on with, and data that are gone."""
+    import numpy as np
+
+    quick = ("trainer.epochs=1", "arch.widths=[6,6]", "logger.wandb.mode=disabled", "run.dir=run")
+    np.savez("data.npz", x=np.random.default_rng(0).normal(size=(60, 5)), y=np.arange(60) % 2)
+    for words, missing, more, code, said in (
+            (("dataset=digits", "algo=greedy"), None, "trainer.epochs=3", 2, "cannot be lengthened"),
+            (("dataset=files", "dataset.file=data.npz"), Path("data.npz"), "trainer.epochs=3", 3, "data.npz")):
+        assert command("train", *words, *quick) == 0
+        before = files_of(Path("run"))
+        if missing:
+            missing.rename("away")
+        capsys.readouterr()
+        assert command("resume", "run", more) == code and said in capsys.readouterr().err
+        assert files_of(Path("run")) == before
+        shutil.rmtree("run")
+
+
+def test_a_run_without_gain_goes_on_with_more_patience(capsys):
+    assert command("train", "dataset=digits", "arch.widths=[6]", "trainer.epochs=30", "trainer.patience=1", "optimizer.lr=0.3",
+                   "logger.wandb.mode=disabled", "run.dir=run") == 0
+    capsys.readouterr()
+    assert command("resume", "run") == 0 and "trainer.patience=N trains it for longer" in capsys.readouterr().out
+    assert command("resume", "run", "trainer.epochs=60") == 2 and "trainer.patience=1: ended the run" in capsys.readouterr().err
+    epochs = json.loads(Path("run/summary.json").read_text())["epochs"]
+    assert command("resume", "run", "trainer.patience=4") == 0 and json.loads(Path("run/summary.json").read_text())["epochs"] > epochs
+
+
+def test_an_epoch_is_begun_again_only_where_it_was_kept(capsys):
+    words = ("dataset=digits", "algo=bp", "arch.widths=[6]", "arch.activation=leaky_relu", "optimizer=sgd", "optimizer.lr=1.0e+15", "trainer.checkpoint_every=1", "trainer.epochs=2",
+             "logger.wandb.mode=disabled")
+    assert command("train", *words, "run.dir=run") == 4
+    assert command("resume", "run", "trainer.on_nonfinite=restore") == 2
+    assert "use trainer.on_nonfinite=skip" in capsys.readouterr().err and Path("run/STATUS").read_text() == "diverged\n"
+    kept = Checkpoints(Path("run/checkpoints"))
+    assert not kept.epoch_began(0)
+    kept.keep_for_epoch()       # of a checkpoint within the epoch
+    assert not kept.epoch_began(0)

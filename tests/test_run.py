@@ -215,6 +215,38 @@ def test_a_time_budget_says_what_it_left_out(words, ended, capsys):
     assert cli.main(["resume", "run"]) == 0 and "trainer.max_minutes=N trains it for longer" in capsys.readouterr().out
 
 
+def test_a_run_of_no_epochs_can_be_evaluated(capsys):
+    lbp.run("dataset=digits", "logger.wandb.mode=disabled", "trainer.epochs=0", "arch.widths=[6]", "run.dir=run")
+    evaluate_run(Path("run"), "test", "last", [])
+    assert "checkpoint (epoch 0)" in capsys.readouterr().out
+
+
+def test_without_validation_there_is_nothing_to_be_patient_with():
+    with pytest.raises(ConfigError, match="trainer.patience=1: there is no validation"):
+        lbp.run(*QUICK, "dataset.val_size=0", "trainer.patience=1")
+    assert not Path("outputs").exists()
+
+
+def test_an_export_is_whole_or_not_there(capsys, monkeypatch):
+    lbp.run(*QUICK, "algo=bp", "run.dir=run")
+    Path("net.pt2").write_text("earlier")
+    for to, said in (("no/where.pt2", "cannot be written"), (".", "is there already, and no file")):
+        assert cli.main(["export", "run", "--to", to]) == 2 and said in capsys.readouterr().err
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("os.replace", full)
+    assert cli.main(["export", "run", "--to", "net.pt2"]) == 5 and "the disk is full" in capsys.readouterr().err
+    assert Path("net.pt2").read_text() == "earlier" and not list(Path().glob("*.tmp"))
+
+
+def test_what_is_evaluated_is_normalised_as_it_was_trained():
+    lbp.run(*QUICK, "algo=bp", "run.dir=run")
+    for word in ("dataset.train_size=20", "dataset.normalize=unit", "trainer.epochs=9", "algo=fa"):
+        with pytest.raises(ConfigError, match="cannot be changed for a trained run; free are trainer.device"):
+            evaluate_run(Path("run"), "test", "last", [word])
+    evaluate_run(Path("run"), "test", "last", ["trainer.device=cpu"])
+
+
 def test_what_is_solved_is_not_trained_for_longer(capsys):
     lbp.run("dataset=digits", "algo=elm", "arch.widths=[16]", "run.dir=run", "logger.wandb.mode=disabled")
     capsys.readouterr()

@@ -30,6 +30,7 @@ class Facts:
     needs_derivative: bool = True    # the blocks must be differentiable
     batch_coupled: bool = False      # ranks, accumulation and small batches change the result
     in_place: bool = False           # writes weights itself, beside what it leaves in .grad
+    optimized: bool = True           # an optimizer steps something of it
     closed_form: bool = False        # solves; knows neither optimizer nor schedule nor epochs
 
 

@@ -22,17 +22,44 @@ from lbp.logs.jsonl import plain
 
 @dataclass
 class Place:
-    """A folder, and what was made for it, from the outermost on."""
+    """The folder of a new run, and what was made for it, from the outermost on."""
 
     folder: Path
     made: list[Path]
 
-    def discard(self) -> None:
-        """Takes everything back: nothing was run."""
+    def take_back(self) -> None:
+        """Takes everything back, where nothing was run."""
+        if (self.folder / "metrics.jsonl").exists():
+            return
         shutil.rmtree(self.folder, ignore_errors=True)
         with suppress(OSError):
             for path in reversed(self.made[:-1]):
                 path.rmdir()
+
+
+class Earlier:
+    """What of a run is written anew when it goes on, as it was before."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.record = self._recorded()
+        self.files = {name: (folder / name).read_bytes() if (folder / name).exists() else None
+                      for name in ("config.yaml", "meta.json", "summary.json", "STATUS")}
+
+    def _recorded(self) -> tuple[int, int]:
+        with suppress(OSError):
+            found = (self.folder / "metrics.jsonl").stat()
+            return found.st_size, found.st_mtime_ns
+        return 0, 0
+
+    def take_back(self) -> None:
+        """Puts everything back, where the run did not go on."""
+        if self._recorded() == self.record:
+            for name, content in self.files.items():
+                if content is None:
+                    (self.folder / name).unlink(missing_ok=True)
+                else:
+                    whole(self.folder / name, content)
 
 
 def create(config: Config) -> Place:
@@ -119,10 +146,15 @@ def set_status(folder: Path, status: str) -> None:
 
 
 def text(path: Path, content: str) -> None:
-    """Writes a small file, whole or not at all."""
+    """Writes a file of text, whole or not at all."""
+    whole(path, content.encode("utf-8"))
+
+
+def whole(path: Path, content: bytes) -> None:
+    """Writes a file, whole or not at all: what was there stays where it fails."""
     beside = path.with_name(path.name + ".tmp")
     try:
-        beside.write_text(content, encoding="utf-8")
+        beside.write_bytes(content)
         os.replace(beside, path)
     except OSError as error:
         beside.unlink(missing_ok=True)

@@ -100,21 +100,22 @@ def create(config: Config) -> folders.Place:
     return place
 
 
-def start(config: Config, folder: Path, place: folders.Place | None, world: int = 0,
+def start(config: Config, folder: Path, place: folders.Place | folders.Earlier | None, world: int = 0,
           arrays: Arrays | None = None) -> Experiment | None:
     """Trains a run in its folder, new or not: here, or in as many processes as it takes (then there is no Experiment
-    to return). `place`: what to take back where a new run is refused; `world`: ranks that an old one was trained by."""
+    to return). `place`: what to take back where it is refused; `world`: ranks that an old one was trained by."""
+    new = isinstance(place, folders.Place)
     try:
         count = world or how_many(config.values)
         if count > 1 and ranks.expected() == 1:
             if arrays is not None:
                 raise ConfigError(f"launch.ranks={count}: other processes cannot see these arrays; write them by "
                                   "np.savez(PATH, x=x, y=y) and use dataset=files dataset.file=PATH")
-            return spread(folder, count, new=place is not None)
-        return train(config, folder, arrays, new=place is not None)
+            return spread(folder, count, new)
+        return train(config, folder, arrays, new)
     except (ConfigError, DataError):
-        if place and not (folder / "metrics.jsonl").exists():
-            place.discard()
+        if place:
+            place.take_back()
         raise
 
 
@@ -146,9 +147,10 @@ def train(config: Config, folder: Path, arrays: Arrays | None = None, new: bool 
             if stages.asked(values):
                 experiment.stages = stages.plan(experiment, content and content["state"]["stages"])
             with interrupt.deferred():
+                loop = (Pipeline if experiment.stages else Loop)(experiment, log, folder, content)  # what it refuses: before any log is opened
                 if first:
-                    log = logs_of(config, experiment, folder, content, problems)
-                found = (Pipeline if experiment.stages else Loop)(experiment, log, folder, content).run()
+                    log.logs = logs_of(config, experiment, folder, content, problems)
+                found = loop.run()
                 if first:
                     status = "done"
                     summary = {"status": status, **{kind: config.options[kind] for kind in ("algo", "dataset", "arch")},
@@ -175,7 +177,7 @@ def train(config: Config, folder: Path, arrays: Arrays | None = None, new: bool 
             ranks.leave()
 
 
-def logs_of(config: Config, experiment: Experiment, folder: Path, content: dict[str, Any] | None, problems: list[str]) -> Logs:
+def logs_of(config: Config, experiment: Experiment, folder: Path, content: dict[str, Any] | None, problems: list[str]) -> list:
     """Opens the logs, tells what is to be trained, and where it goes on."""
     values, task, before = config.values, experiment.data.task, _surroundings(folder)
     if experiment.data.read:
@@ -201,7 +203,7 @@ def logs_of(config: Config, experiment: Experiment, folder: Path, content: dict[
         logs.append(view := Wandb(values["logger"]["wandb"], values, config.options, folder, wandb_id(folder)))
         if view.mode == "online":
             console.line(f"W&B: {view.run.url}")
-    return Logs(*logs)
+    return logs
 
 
 def _surroundings(folder: Path) -> dict[str, Any]:

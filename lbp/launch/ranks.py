@@ -81,7 +81,7 @@ def _settle(folder: Path, status: str, *over: str) -> None:
 
 def _interrupted(folder: Path, signum: int) -> None:
     error = interrupt.Interrupted(signum)
-    error.add_note(f"lbp resume {folder.name} goes on")
+    error.add_note(f"lbp resume {folder} goes on")
     raise error from None
 
 

@@ -45,6 +45,9 @@ def prepare(run: Path, overrides: list[str]) -> tuple[Config, int] | None:
     if folders.status(run) == "done" and not set(changed) & set(BUDGET) and not damaged:  # what was damaged is trained again
         say(f"{run}: done already, after {content['state']['epoch'] if content else 0} epochs{_longer(run, config, content)}")
         return None
+    if folders.status(run) == "done" and content and not damaged and _settled(config.values["trainer"], content["state"]):
+        raise ConfigError(f"trainer.patience={config.values['trainer']['patience']}: ended the run, which had no better epoch for so many; "
+                          f"lbp resume {run} trainer.patience=N trains it for longer")
     world = len(content["ranks"]) if content else 0
     if world and ranks.expected() not in (1, world):
         raise ConfigError(f"--nproc-per-node: {ranks.expected()} ranks were started, but the run was trained by {world} and goes on with as many")
@@ -54,23 +57,33 @@ def prepare(run: Path, overrides: list[str]) -> tuple[Config, int] | None:
 
 
 def _longer(run: Path, config: Config, content: dict[str, Any] | None) -> str:
-    """How to train on, if there is a way."""
-    minutes = config.values["trainer"]["max_minutes"]
-    late = bool(minutes and content) and content["state"]["wall_s"] > 60 * minutes
-    if not late and registry.entry("algo", config.values["algo"]["name"]).facts.get("closed_form"):
+    """How to train on, if there is a way. Phases that are over have had their epochs."""
+    trainer, state = config.values["trainer"], content["state"] if content else {}
+    if trainer["max_minutes"] and state.get("wall_s", 0) > 60 * trainer["max_minutes"]:
+        key = "max_minutes"
+    elif _settled(trainer, state):
+        key = "patience"
+    elif state.get("phase") or registry.entry("algo", config.values["algo"]["name"]).facts.get("closed_form"):
         return ""
-    return f"; lbp resume {run} trainer.{'max_minutes' if late else 'epochs'}=N trains it for longer"
+    else:
+        key = "epochs"
+    return f"; lbp resume {run} trainer.{key}=N trains it for longer"
 
 
-def resume(run: Path, overrides: list[str]) -> tuple[Config, Path, None, int] | None:
+def _settled(trainer: dict[str, Any], state: dict[str, Any]) -> bool:
+    """Whether trainer.patience is over."""
+    return bool(trainer["patience"]) and state.get("without_gain", 0) >= trainer["patience"]
+
+
+def resume(run: Path, overrides: list[str]) -> tuple[Config, Path, folders.Earlier, int] | None:
     """`lbp resume`: what one.start takes, or None for a run that is done."""
     with folders.locked(run):
         prepared = prepare(run, overrides)
         if not prepared:
             return None
-        config, world = prepared
+        (config, world), earlier = prepared, folders.Earlier(run)
         again(run, config, overrides)
-    return config, run, None, world
+    return config, run, earlier, world
 
 
 def again(run: Path, config: Config, overrides: list[str]) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from lbp.config import compose
-from lbp.errors import ConfigError
+from lbp.errors import ConfigError, out_of_resources
+from lbp.launch import folder as folders
 from lbp.logs.console import say
 from lbp.training import checkpoint as checkpoints
 from lbp.training.results import evaluate
 from lbp.training.setup import Experiment, build
+
+WHERE = tuple(f"trainer.{key}" for key in ("device", "threads", "precision", "determinism", "compile"))
+LEARNED_WITH = tuple(f"dataset.{key}" for key in ("normalize", "train_size", "val_size", "augment"))
 
 
 def restored(run: Path, which: str, overrides: list[str]) -> tuple[Experiment, dict]:
@@ -21,8 +26,10 @@ def restored(run: Path, which: str, overrides: list[str]) -> tuple[Experiment, d
     `overrides` may change where and on what it runs, not the network or the rule. Raises ConfigError, DataError.
     """
     for text in overrides:
-        if text.split("=")[0].split(".")[0] not in ("dataset", "trainer"):
-            raise ConfigError(f"{text}: only dataset.* and trainer.* can be changed for a trained run")
+        key = text.split("=")[0].lstrip("+")
+        if key in LEARNED_WITH or key.split(".")[0] != "dataset" and key not in WHERE:
+            raise ConfigError(f"{text}: cannot be changed for a trained run; free are {', '.join(WHERE)}, and of the dataset all that changes "
+                              "neither what was learned from nor how it is normalised")
     content = checkpoints.load(run / "checkpoints" / f"{which}.pt")
     experiment = build(compose(overrides, file=run / "config.yaml").values, begun=True)
     try:
@@ -62,11 +69,19 @@ def export_run(run: Path, checkpoint: str, to: Path | None) -> Path:
     """
     experiment, content = restored(run, checkpoint, ["trainer.device=cpu", "trainer.compile=false"])
     path = Path(to) if to else run / "network.pt2"
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"--to {path}: is there already, and no file; name another")
     x = next(experiment.data.test.passes(4))[0]
     experiment.rule.eval()
     with torch.no_grad():
         program = torch.export.export(Predictor(experiment.rule), (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(program, path)
+    torch.export.save(program, file := io.BytesIO())
+    try:
+        folders.whole(path, file.getvalue())
+    except OSError as error:
+        if out_of_resources(error):
+            raise
+        raise ConfigError(f"--to {path}: cannot be written ({error.strerror}); name another file") from None
     values = experiment.values["dataset"]
     say(f"{path}: epoch {content['state']['epoch']}, inputs (batch, {', '.join(map(str, experiment.data.task.in_shape))}) as "
         f"dataset={experiment.data.name} dataset.normalize={values['normalize']} gives them")

@@ -44,7 +44,7 @@ class Wandb:
                     self.problem = self.problem or error
         if self.run:
             if self.problem:
-                say(f"warning: W&B is offline for this run ({said(self.problem)}); lbp sync {folder.name} sends it later")
+                say(f"warning: W&B is offline for this run ({said(self.problem)}); lbp sync {folder} sends it later")
             past = list(lines(folder / "metrics.jsonl"))
             self.limit, self.queue = BEHIND + len(past), queue.SimpleQueue()
             for record in past:
@@ -110,7 +110,7 @@ class Wandb:
     def _off(self, error: BaseException) -> None:
         if self.run or not self.mode:
             self.run, self.problem, self.mode = None, error, "off"
-            remedy = f"lbp sync {self.folder.name} sends it later" if "wandb" in sys.modules else "pip install --upgrade wandb brings it"
+            remedy = f"lbp sync {self.folder} sends it later" if "wandb" in sys.modules else "pip install --upgrade wandb brings it"
             say(f"warning: W&B is off for this run ({said(error)}); metrics.jsonl has everything; {remedy}")
 
     def _tidy(self) -> None:

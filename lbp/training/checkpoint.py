@@ -46,6 +46,14 @@ class Checkpoints:
         """Remembers last.pt as what an epoch began with."""
         _also(self.folder / "last.pt", self.folder / "epoch.pt")
 
+    def epoch_began(self, epoch: int) -> bool:
+        """Whether what is remembered is what this epoch, counted from 0, began with."""
+        try:
+            state = load(self.folder / "epoch.pt")["state"]
+        except DataError:
+            return False
+        return state["epoch"] == epoch and not state["batch"]
+
     def latest(self) -> tuple[dict[str, Any] | None, list[str]]:
         """The newest good checkpoint, None if there is none, and what is wrong with those that had to be passed over.
 

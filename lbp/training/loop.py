@@ -52,6 +52,10 @@ class Loop:
             if past + self.state.phase_epoch != self.state.epoch and not self.trainer["patience"]:
                 raise ConfigError(f"trainer.epochs={self.trainer['epochs']}: phases of this run are over after another number of epochs; "
                                   "they cannot be lengthened, so start a new run")
+            if self.trainer["on_nonfinite"] == "restore" and self.state.batch and not ranks.from_first(
+                    self.progress.checkpoints.epoch_began(self.state.epoch) if ranks.rank() == 0 else None):
+                raise ConfigError("trainer.on_nonfinite=restore: the weights that this epoch began with were not kept, as it began without; "
+                                  "use trainer.on_nonfinite=skip")
             if ranks.rank() == 0:
                 forget(folder, self.state.step)
 
@@ -77,6 +81,8 @@ class Loop:
         if self.progress.late:
             self.progress.warn("late", self.ended())
         self.progress.tick()
+        if self.progress.saved is None and not state.epoch:     # of no epochs: what can be evaluated and exported all the same
+            self.progress.save()
         summary = summarise(self.experiment, state, self.folder)
         if not (self.metrics["test"] and state.epoch and not state.batch):  # else the last epoch wrote it
             self.log.write({"step": state.step, "epoch": state.epoch, "split": "test",

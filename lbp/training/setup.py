@@ -51,6 +51,9 @@ def build(values: dict[str, Any], arrays: Arrays | None = None, begun: bool = Fa
     if data.train.batch_size < ranks.world() and not stages.asked(values):
         raise ConfigError(f"launch.ranks={ranks.world()}: a batch of {data.train.batch_size} samples has not one for each rank; "
                           "use fewer ranks or a larger trainer.batch_size")
+    if trainer["patience"] and not data.val:
+        raise ConfigError(f"trainer.patience={trainer['patience']}: there is no validation to stop by (dataset.val_size=0); set dataset.val_size, "
+                          "or leave it out")
     network = build_arch(values["arch"], data.task, seed).to(environment.device, environment.dtype)
     if values["run"]["init_from"] and not begun:
         init_from(network, Path(values["run"]["init_from"]))

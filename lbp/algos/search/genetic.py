@@ -23,7 +23,7 @@ class Genetic(LearningRule):
 
     facts = Facts(
         family="search", paper="Holland, Adaptation in Natural and Artificial Systems (1975); Schwefel (1981)",
-        weight_transport=False, backward_locked=False, update_locked=True, needs_derivative=False, batch_coupled=True, in_place=True)
+        weight_transport=False, backward_locked=False, update_locked=True, needs_derivative=False, batch_coupled=True, in_place=True, optimized=False)
 
     def __init__(self, network, task, *, members: int, elite: int, selection: str, tournament: int, crossover: str, mutation: float,
                  rate: float, adapt: float, chunk: int | None):

@@ -239,12 +239,15 @@ def test_an_export_is_whole_or_not_there(capsys, monkeypatch):
     assert Path("net.pt2").read_text() == "earlier" and not list(Path().glob("*.tmp"))
 
 
-def test_what_is_evaluated_is_normalised_as_it_was_trained():
+def test_what_is_evaluated_is_normalised_as_it_was_trained(capsys):
     lbp.run(*QUICK, "algo=bp", "run.dir=run")
     for word in ("dataset.train_size=20", "dataset.normalize=unit", "trainer.epochs=9", "algo=fa"):
         with pytest.raises(ConfigError, match="cannot be changed for a trained run; free are trainer.device"):
             evaluate_run(Path("run"), "test", "last", [word])
     evaluate_run(Path("run"), "test", "last", ["trainer.device=cpu"])
+    assert "normalised by" not in capsys.readouterr().out
+    evaluate_run(Path("run"), "test", "last", ["dataset=digits"])
+    assert "normalised by the mean and deviation of its own training split" in capsys.readouterr().out
 
 
 def test_what_is_solved_is_not_trained_for_longer(capsys):

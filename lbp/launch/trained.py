@@ -49,6 +49,8 @@ def evaluate_run(run: Path, split: str, checkpoint: str, overrides: list[str]) -
     found = evaluate(experiment.rule, experiment.data.task, part, experiment.environment)
     say(f"{split} of {experiment.data.name} ({len(part):,} samples), {checkpoint} checkpoint (epoch {content['state']['epoch']}): "
         + "  ".join(f"{name} {found[name]:.4f}" for name in (*experiment.data.task.metrics, "loss")))
+    if experiment.values["dataset"]["normalize"] == "standard" and any(text.partition("=")[0] in ("dataset", "dataset.file") for text in overrides):
+        say("normalised by the mean and deviation of its own training split, not of that which the run learned from")
 
 
 class Predictor(nn.Module):

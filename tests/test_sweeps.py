@@ -15,9 +15,9 @@ import pytest
 from conftest import PATIENCE
 
 import lbp
-from lbp import cli, registry
+from lbp import cli
 from lbp.config import compose, grid
-from lbp.errors import ConfigError, DataError
+from lbp.errors import ConfigError
 from lbp.launch import slots
 from lbp.launch.forks import Forks
 from lbp.launch.slots import Job

@@ -1,7 +1,5 @@
 """Target propagation against its equations, in float64: inverses, what they learn, and the targets they bring down."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -314,6 +314,13 @@ def unsteady(block: nn.Module) -> str:
     return ""
 
 
+def refuse_unsteady(network: Network, said: dict[str, str]) -> None:
+    """Raises Refused for a block that is `unsteady`: what is said of its kind, with the block's name in place of {}."""
+    for name, block in network.blocks.items():
+        if found := unsteady(block):
+            raise Refused(said[found].format(name))
+
+
 def bounded(network: Network, rule: str, why: str) -> None:
     """Raises Refused where a hidden block has an activation without bounds on both sides, or none at all. A block of another kind, as
     a recurrent one, may say itself that it is `bounded`."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lbp import registry
-from lbp.config import Config, Dimension, compose, dimension, quoted
+from lbp.config import Config, Dimension, compose, dimension
 from lbp.errors import ConfigError, DataError
 from lbp.launch import folder as folders
 from lbp.launch import slots

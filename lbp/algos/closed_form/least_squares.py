@@ -191,7 +191,8 @@ def penalty(squares: Tensor, ridge: float) -> Tensor:
 
 def finite(*sums: Tensor) -> None:
     if not all(t.isfinite().all() for t in sums):
-        raise Diverged("a layer's features or targets are not finite: nothing was written; look at the data and its scale (dataset.normalize), or raise algo.ridge")
+        raise Diverged("a layer's features or targets are not finite: nothing was written; look at the data and its scale "
+                       "(dataset.normalize), or raise algo.ridge")
 
 
 def truncated(gram: Tensor, cross: Tensor, rcond: float, eps: float = torch.finfo(torch.float64).eps) -> Solution:

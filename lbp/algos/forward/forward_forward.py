@@ -43,7 +43,8 @@ class ForwardForward(LearningRule):
                               "use arch.norm=none")
             if straight_through and not isinstance(layer.activation, nn.ReLU):
                 raise Refused("algo=forward_forward with algo.straight_through=true passes gradients through a ReLU: "
-                              f"block {name} has {type(layer.activation).__name__}; give it relu (by arch.activation, arch.dense_activation or arch.layers)")
+                              f"block {name} has {type(layer.activation).__name__}; give it relu "
+                              "(by arch.activation, arch.dense_activation or arch.layers)")
         if torch.Size(task.in_shape).numel() < task.classes:
             raise Refused(f"algo=forward_forward writes the label into the first {task.classes} inputs; "
                           f"samples have {torch.Size(task.in_shape).numel()}")

@@ -15,7 +15,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lbp.algos import ops
 from lbp.archs.network import Network
-from lbp.errors import Refused
 
 # Noise -----------------------------------------------------------------------------------------------------------
 
@@ -174,15 +173,13 @@ def es_gradient(noise: Tensor, scores: Tensor, std: float) -> Tensor:
 
 def refuse_what_members_share(network: Network, rule: str) -> None:
     """Raises Refused for blocks whose answer is not a function of genes and inputs alone."""
-    for name, block in network.blocks.items():
-        if found := ops.unsteady(block):
-            raise Refused({
-                "batch norm": f"algo={rule} runs many copies of the network, and block {name}'s batch norm would keep the statistics of "
-                              "none of them; use arch.norm=none or layer",
-                "dropout": f"algo={rule} compares copies of the network by their losses, and block {name}'s dropout would decide which "
-                           "is better; use arch.dropout=0",
-                "draws": f"algo={rule} compares copies of the network by their losses, and what block {name} draws would decide which "
-                         "is better; use arch.activation=step"}[found])
+    ops.refuse_unsteady(network, {
+        "batch norm": f"algo={rule} runs many copies of the network, and block {{}}'s batch norm would keep the statistics of none of "
+                      "them; use arch.norm=none or layer",
+        "dropout": f"algo={rule} compares copies of the network by their losses, and block {{}}'s dropout would decide which is better; "
+                   "use arch.dropout=0",
+        "draws": f"algo={rule} compares copies of the network by their losses, and what block {{}} draws would decide which is better; "
+                 "use arch.activation=step"})
 
 
 def genes(network: nn.Module) -> Tensor:

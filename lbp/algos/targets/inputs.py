@@ -132,7 +132,8 @@ class Exact(StepX):
             linear = getattr(place.block, "linear", None) if isinstance(place.block, Layer) else place.block
             if not isinstance(linear, nn.Linear) or linear.in_features != linear.out_features:
                 raise place.refuse("needs a block that can be undone: one with a method inverse(h), or a dense layer with as many outputs "
-                                   "as inputs; choose another half, as for the head (algo.blocks={head: {x: gradient}}), or, where samples are numbers, arch=mlp with equal arch.widths")
+                                   "as inputs; choose another half, as for the head (algo.blocks={head: {x: gradient}}), or, where samples "
+                                   "are numbers, arch=mlp with equal arch.widths")
             self.dense = Dense(place)
 
     @torch.no_grad()

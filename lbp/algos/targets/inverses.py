@@ -18,15 +18,13 @@ from lbp.errors import Refused
 
 def no_noise_in(network: Network, rule: str) -> None:
     """Raises Refused where a block would answer a noisy input otherwise than by the noise."""
-    for name, block in network.blocks.items():
-        if found := ops.unsteady(block):
-            raise Refused({
-                "batch norm": f"algo={rule} runs a block on noisy inputs too, and block {name}'s batch norm would mix their "
-                              "statistics; use arch.norm=none or layer",
-                "dropout": f"algo={rule} compares a block's outputs for two inputs, and block {name}'s dropout would drop "
-                           "other units for each; use arch.dropout=0",
-                "draws": f"algo={rule} compares a block's outputs for two inputs, and block {name} would draw others for each; "
-                         "use arch.activation=step_ste"}[found])
+    ops.refuse_unsteady(network, {
+        "batch norm": f"algo={rule} runs a block on noisy inputs too, and block {{}}'s batch norm would mix their statistics; "
+                      "use arch.norm=none or layer",
+        "dropout": f"algo={rule} compares a block's outputs for two inputs, and block {{}}'s dropout would drop other units for each; "
+                   "use arch.dropout=0",
+        "draws": f"algo={rule} compares a block's outputs for two inputs, and block {{}} would draw others for each; "
+                 "use arch.activation=step_ste"})
 
 
 def inverses(network: Network, rule: str, chain: list[str], activation: str = "none", bias: bool = False) -> nn.ModuleDict:

@@ -400,7 +400,7 @@ def test_a_run_is_one_and_resumes_as_if_it_had_not_stopped(here, monkeypatch, ca
     assert command("train", *RUN, *TWO, f"run.dir={here / 'parts'}", "logger.wandb.mode=disabled") == 143
     monkeypatch.setenv("TRICK", "none 0 0")
     errors = capfd.readouterr().err
-    assert errors.count("\n") == 2 and "lbp resume parts" in errors
+    assert errors.count("\n") == 2 and f"lbp resume {Path('parts').absolute()} goes on" in errors
     assert status("parts") == "interrupted" and not of_a_run(here / "parts")
     assert checkpoint("parts")["state"]["batch"] in range(3, 10) and len(checkpoint("parts")["ranks"]) == 2
     assert command("resume", "parts") == 0

@@ -333,7 +333,8 @@ def bounded(network: Network, rule: str, why: str) -> None:
             found = ", ".join(sorted(kind.__name__ for kind in kinds)) or "none"
             raise Refused(f"{rule} needs bounded activations (tanh, sigmoid, hardtanh): block {name} has {found}, and {why} then drives "
                           "its units without end, which is no direction of descent; "
-                          + ("give it tanh (by arch.activation, arch.dense_activation or arch.layers), or use arch=mlp with it" if plain else
+                          + ("set arch.activation=tanh (arch.dense_activation, or the token of arch.layers, where it is that one), or use arch=mlp with it"
+                             if plain else
                              elsewhere(network).replace(MLP, f"{MLP} with arch.activation=tanh")))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from lbp.algos.rule import LearningRule
@@ -25,7 +26,7 @@ def run(*overrides: str, dataset: tuple | None = None) -> Result:
     if dataset is not None and any(text.split("=")[0] == "dataset" for text in typed):
         raise ConfigError("dataset=: given twice, by name and as arrays; give one")
     config = compose(["dataset=files", "dataset.file=arrays", *typed] if dataset is not None else typed)
-    if not any(text.startswith(("logger.wandb.mode=", "logger.wandb=")) and "mode" in text for text in typed):
+    if not any(re.match(r"logger\.wandb\.mode=|logger(\.wandb)?=.*\bmode\s*:", text) for text in typed):
         config.values["logger"]["wandb"]["mode"] = "disabled"
     return run_config(config, None if dataset is None else Arrays.of(*dataset))
 

@@ -593,7 +593,7 @@ def _written(*wanted) -> bool:
             there, text = Path(path), content()
             try:
                 if there.is_file() or not there.exists():
-                    folders.text(there, text)
+                    folders.text(there.resolve(), text)    # through a link, as into a file
                 else:       # a pipe, a device
                     there.write_text(text, encoding="utf-8")
             except OSError as error:

@@ -266,6 +266,7 @@ def test_facts_are_read_as_the_class_has_them(name):
     rule, *_ = ready(name)
     assert isinstance(rule, LearningRule) and Facts(**entry.facts) == rule.facts
     assert rule.facts.closed_form == solves(rule)
+    assert rule.facts.optimized == any(rule.groups().values())
 
 
 def above(rule, block, head):

@@ -501,6 +501,13 @@ def fails(fake):
     raise ConnectionError("no network\nat all")
 
 
+def test_from_python_wandb_is_off_unless_a_mode_is_asked_for(monkeypatch):
+    Fake(monkeypatch)
+    for word, mode in (("logger.wandb={project: model}", "disabled"), ("logger.wandb={mode: offline}", "offline")):
+        folder = lbp.run(*QUICK, word).folder
+        assert folders.read(folder).values["logger"]["wandb"]["mode"] == mode
+
+
 @pytest.mark.parametrize("how", ["raises", "hangs"])
 def test_an_online_start_that_fails_falls_back_to_offline(how, monkeypatch, capsys):
     monkeypatch.setattr(view, "START", 2)

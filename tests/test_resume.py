@@ -995,8 +995,8 @@ def test_a_run_without_gain_goes_on_with_more_patience(capsys):
 
 
 def test_an_epoch_is_begun_again_only_where_it_was_kept(capsys):
-    words = ("dataset=digits", "algo=bp", "arch.widths=[6]", "arch.activation=leaky_relu", "optimizer=sgd", "optimizer.lr=1.0e+15", "trainer.checkpoint_every=1", "trainer.epochs=2",
-             "logger.wandb.mode=disabled")
+    words = ("dataset=digits", "algo=bp", "arch.widths=[6]", "arch.activation=leaky_relu", "optimizer=sgd", "optimizer.lr=1.0e+15",
+             "trainer.checkpoint_every=1", "trainer.epochs=2", "logger.wandb.mode=disabled")
     assert command("train", *words, "run.dir=run") == 4
     assert command("resume", "run", "trainer.on_nonfinite=restore") == 2
     assert "use trainer.on_nonfinite=skip" in capsys.readouterr().err and Path("run/STATUS").read_text() == "diverged\n"

@@ -233,8 +233,6 @@ def resume(folder: Path, overrides: list[str], debug: bool = False) -> int:
                 f"with --trials and run.dir={folder}" for word in overrides if _key(word) not in free]
     if problems:
         raise ConfigError(*problems)
-    if not _studies(folder):
-        raise DataError(f"{folder / RECORD}: no search was begun in it; start one: lbp search algo=NAME run.dir={folder}")
     return Search(folder, compose(overrides).values["launch"], debug).run()
 
 
@@ -350,6 +348,8 @@ class Search:
     def __init__(self, folder: Path, launch: dict[str, Any], debug: bool):
         self.optuna, self.folder, self.launch, self.debug = _optuna(), folder, launch, debug
         self.rules = [Rule(study, folder) for study in _studies(folder)]
+        if not self.rules:
+            raise DataError(f"{folder / RECORD}: no search was begun in it; start one: lbp search algo=NAME run.dir={folder}")
         self.mine: set[tuple[str, int]] = set()
 
     def run(self) -> int:

@@ -79,7 +79,7 @@ def export_run(run: Path, checkpoint: str, to: Path | None) -> Path:
         program = torch.export.export(Predictor(experiment.rule), (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     torch.export.save(program, file := io.BytesIO())
     try:
-        folders.whole(path, file.getvalue())
+        folders.whole(path.resolve(), file.getvalue())
     except OSError as error:
         if out_of_resources(error):
             raise

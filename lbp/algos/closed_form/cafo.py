@@ -23,7 +23,7 @@ class CaFo(LearningRule):
     facts = Facts(
         family="closed_form", paper="Zhao, Wang, Jin, Lang, Li & Ling, arXiv 2303.09728 (2023)",
         weight_transport=False, backward_locked=False, update_locked=False, needs_derivative=False,
-        in_place=True, closed_form=True)
+        in_place=True, optimized=False, closed_form=True)
 
     def __init__(self, network, task, *, ridge: float, head_features: int):
         super().__init__(network, task)

@@ -27,7 +27,7 @@ class DZorb(LearningRule):
     facts = Facts(
         family="closed_form", paper="none: after Ranganathan & Lewandowski, arXiv 2011.08895, and Lee et al., ECML 2015, arXiv 1412.7525",
         weight_transport=True, backward_locked=True, update_locked=True, needs_derivative=False,
-        in_place=True, closed_form=True)
+        in_place=True, optimized=False, closed_form=True)
 
     def __init__(self, network, task, *, step: float, sweeps: int, ridge: float, head_ridge: float, inverse_ridge: float,
                  precision: str):

@@ -17,7 +17,7 @@ class ELM(LearningRule):
     facts = Facts(
         family="closed_form", paper="Huang, Zhu & Siew, Neurocomputing 70 (2006)",
         weight_transport=False, backward_locked=False, update_locked=True, needs_derivative=False,
-        in_place=True, closed_form=True)
+        in_place=True, optimized=False, closed_form=True)
 
     def __init__(self, network, task, *, ridge: float):
         super().__init__(network, task)

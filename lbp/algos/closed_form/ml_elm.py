@@ -24,7 +24,7 @@ class MLELM(LearningRule):
     facts = Facts(
         family="closed_form", paper="Kasun, Zhou, Huang & Vong, IEEE Intelligent Systems 28 (2013); Ranganathan & Lewandowski, arXiv 2011.08895",
         weight_transport=False, backward_locked=False, update_locked=True, needs_derivative=False,
-        in_place=True, closed_form=True)
+        in_place=True, optimized=False, closed_form=True)
 
     def __init__(self, network, task, *, rcond: float, ridge: float):
         super().__init__(network, task)

@@ -34,7 +34,7 @@ class Zorb(LearningRule):
     facts = Facts(
         family="closed_form", paper="Ranganathan & Lewandowski, NeurIPS 2020 workshop, arXiv 2011.08895",
         weight_transport=True, backward_locked=True, update_locked=True, needs_derivative=False,
-        in_place=True, closed_form=True)
+        in_place=True, optimized=False, closed_form=True)
 
     def __init__(self, network, task, *, rcond: float, inverse_rcond: float, ridge: float, sweeps: int, solver: str, precision: str,
                  variant: str, keep_mb: int):
